@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['COLORS', 'Run', 'short_key', 'resolve_run', 'read_run', 'open_run', 'write_atomic', 'sync_folder', 'write_text',
            'remove_temporaries', 'save_atomic', 'load_state', 'file_sha256', 'save_weights', 'load_weights',
-           'named_seed', 'rng', 'seed_all', 'code_key', 'check_made_by', 'show', 'figure', 'table', 'published',
-           'plain_style', 'progress', 'git_state', 'environment', 'import_torchvision']
+           'named_seed', 'rng', 'seed_all', 'code_meaning', 'code_key', 'check_made_by', 'show', 'figure', 'table',
+           'published', 'plain_style', 'progress', 'git_state', 'environment', 'import_torchvision']
 
 # %% ../nbs/00_core.ipynb #0fc94d9d
 import ast, errno, hashlib, io, json, os, platform, random, subprocess, sys, time
@@ -198,7 +198,7 @@ def load_state(
         raise DataRefused(f"{Path(path).name} cannot be loaded.", str(error).splitlines()[0][:160],
                           f"Delete it, or go back to {Path(path).name}.prev, and run again.") from error
 
-# %% ../nbs/00_core.ipynb #a3de9081
+# %% ../nbs/00_core.ipynb #4face082
 def file_sha256(
     path: Path,  # any file
 ) -> str:  # hexadecimal digest
@@ -238,7 +238,8 @@ def load_weights(
             facts = json.loads((file.metadata() or {}).get("dermgan", "{}"))
             return {key: file.get_tensor(key) for key in file.keys()}, facts
     except (SafetensorError, ValueError) as error:
-        raise DataRefused(f"{path.name} cannot be read.", str(error)[:160], "Fetch or make it again.") from error
+        why = str(error)[:160]
+        raise DataRefused(f"{path.name} cannot be read.", why, "Fetch or make it again.") from error
 
 # %% ../nbs/00_core.ipynb #cbd0caca
 def named_seed(
@@ -268,22 +269,26 @@ def seed_all(
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
 
-# %% ../nbs/00_core.ipynb #4f622814
+# %% ../nbs/00_core.ipynb #ea76cc7f
+def code_meaning(
+    code: str,  # Python source
+) -> str:  # its syntax tree as text
+    "What code does: its syntax tree without comments and docstrings."
+    tree = ast.parse(code)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        first = body[0] if isinstance(body, list) and body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+            node.body = body[1:]
+    return ast.dump(tree)
+
+
 def code_key(
     *objects: Any,  # functions, classes or modules
 ) -> str:  # short digest
-    "A digest of what code does: its syntax tree without comments and docstrings."
+    "A digest of what code does."
     import inspect, textwrap
-    dumps = []
-    for thing in objects:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            first = body[0] if isinstance(body, list) and body else None
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                node.body = body[1:]
-        dumps.append(ast.dump(tree))
-    return short_key(dumps)
+    return short_key([code_meaning(textwrap.dedent(inspect.getsource(thing))) for thing in objects])
 
 
 def check_made_by(
@@ -298,7 +303,7 @@ def check_made_by(
         raise RunMismatch(f"{what} was made with another {', '.join(keys)}.", changes,
                           "Undo the change, or begin again with: ./reproduce.sh --restart")
 
-# %% ../nbs/00_core.ipynb #495934a0
+# %% ../nbs/00_core.ipynb #e28fe0c1
 COLORS = dict(zip(CLASSES, ("#D55E00", "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#56B4E9", "#000000")))
 
 
@@ -332,6 +337,9 @@ def figure(
     "Save a figure with its data and alt text, and show it. A phantom figure says so on itself."
     if run.profile.dataset == "phantom":
         note = f"phantom data, profile {run.profile.name}"
+        if fig.get_layout_engine() is not None:
+            strip = 0.16 / fig.get_figheight()
+            fig.get_layout_engine().set(rect=(0, strip, 1, 1 - strip))
         fig.text(0.995, 0.005, note, ha="right", va="bottom", fontsize=8, color="0.4")
     write_atomic(run.path("figures", f"{name}.png"),
                  lambda file: fig.savefig(file, format="png", dpi=150, metadata={"Software": None}))
@@ -382,7 +390,7 @@ def progress(
                      ncols=110, **shape)
     return tqdm(things, leave=False, **(shape if total else {"desc": what}))
 
-# %% ../nbs/00_core.ipynb #43a936b2
+# %% ../nbs/00_core.ipynb #96f64a77
 def git_state() -> dict[str, str | bool | None]:  # commit and dirty flag; None outside a checkout
     "The commit of the repository, and whether tracked files differ from it."
     top = resource("settings.ini").parent
@@ -404,7 +412,7 @@ def environment() -> dict[str, Any]:  # what a result depends on besides the set
     import torch
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     models = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
-    names = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "lmdb", "lpips", "matplotlib", "pillow")
+    names = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "lmdb", "lpips", "pillow")
     return {"python": platform.python_version(), "system": platform.system(), "machine": platform.machine(),
             "cpu": models[0] if models else platform.processor(), "cores": os.cpu_count(),
             "threads": torch.get_num_threads(), "amx_bf16": torch.cpu._is_amx_tile_supported(),
