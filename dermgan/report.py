@@ -235,7 +235,7 @@ def environment_of(
     path = run.folder / "env.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
-# %% ../nbs/16_report.ipynb #a18b3278
+# %% ../nbs/16_report.ipynb #1623b066
 def provenance(
     run: Run,  # the run
     folder: Path,  # the published files
@@ -245,7 +245,8 @@ def provenance(
     took = stage_logs(run)[["notebook", "seconds", "peak_mib"]].to_dict("records")
     facts = {str(p.relative_to(folder)): {"sha256": file_sha256(p), "bytes": p.stat().st_size} for p in files}
     return {"profile": asdict(run.profile), "seed": run.seed, **git_state(),
-            "environment": environment_of(run), "outside_data": run.data is not None, "outside_weights": run.weights is not None,
+            "environment": environment_of(run), "outside_data": run.data is not None,
+            "outside_weights": run.weights is not None,
             "started_from_published_weights": run.published is not None, "stages": took,
             "files": facts}
 

@@ -14,14 +14,15 @@ from .core import (ConfigError, DataMissing, Profile, Run, code_meaning, read_ru
                           write_text)
 from .report import notebook_cells, stage_logs
 
-# %% ../nbs/17_stages.ipynb #3cfbd521
+# %% ../nbs/17_stages.ipynb #c80ea778
 NEEDS = {
     "00_settings": (),
     "00_core": ("00_settings",),
     "00_store": ("00_core",),
     "00_fetch": ("00_core",),
     "01_data": ("00_store", "00_fetch"),
-    "02_phantom": ("01_data",),
+    "02_lesion": ("00_core",),
+    "02_phantom": ("01_data", "02_lesion"),
     "03_metrics": ("02_phantom",),
     "04_layers": ("00_core",),
     "04_stylegan2": ("04_layers",),
