@@ -109,16 +109,16 @@ def curves(
     points = points.reshape(n, count * spots, 2)
     return np.clip(stamps(points, flat(wide), flat(each), image_px, lines=True), 0, 1)
 
-# %% ../nbs/02_lesion.ipynb #e36acfbc
+# %% ../nbs/02_lesion.ipynb #53190e64
 TRAITS = {  # MEL, NV, BCC, AKIEC, BKL, DF, VASC; spread; smallest, largest
-    "size": ((0.34, 0.30, 0.29, 0.35, 0.35, 0.30, 0.24), 0.085, 0.10, 0.58),
-    "pigment": ((0.74, 0.62, 0.40, 0.40, 0.57, 0.44, 0.42), 0.28, 0.20, 1.6),
+    "size": ((0.31, 0.27, 0.27, 0.32, 0.32, 0.27, 0.23), 0.075, 0.10, 0.50),
+    "pigment": ((0.74, 0.62, 0.40, 0.40, 0.57, 0.44, 0.42), 0.26, 0.26, 1.6),
     "blood": ((0.16, 0.15, 0.25, 0.31, 0.15, 0.23, 0.38), 0.14, 0.0, 1.2),
     "elongation": ((1.30, 1.22, 1.20, 1.25, 1.30, 1.18, 1.15), 0.17, 1.0, 2.0),
     "irregular": ((0.85, 0.45, 0.60, 0.75, 0.55, 0.40, 0.35), 0.18, 0.1, 1.3),
     "softness": ((0.12, 0.13, 0.18, 0.20, 0.07, 0.18, 0.08), 0.045, 0.025, 0.4),
     "asymmetry": ((0.65, 0.15, 0.30, 0.30, 0.25, 0.12, 0.20), 0.14, 0.0, 1.0),
-    "variation": ((0.70, 0.42, 0.48, 0.52, 0.50, 0.40, 0.40), 0.12, 0.1, 1.0),
+    "variation": ((0.66, 0.38, 0.45, 0.50, 0.45, 0.37, 0.37), 0.12, 0.1, 1.0),
 }
 SIGNS = {  # strength of each sign by class, 0 to 1: MEL, NV, BCC, AKIEC, BKL, DF, VASC
     "network": (0.45, 0.80, 0.05, 0.10, 0.12, 0.45, 0.0),
@@ -301,7 +301,7 @@ def vessel_tree(
     field[has] = curves(control[has], width[has], shown[has], image_px)
     return field
 
-# %% ../nbs/02_lesion.ipynb #0fc97228
+# %% ../nbs/02_lesion.ipynb #79d4d604
 def render_lesions(
     seed: int,  # of the data set
     lesion: np.ndarray,  # lesion numbers, [n]
@@ -320,10 +320,10 @@ def render_lesions(
     inside = logistic((shape - 0.05 * net + 0.03 * field["flecks"]) / c["softness"])
     core = logistic((shape - 0.25) / 0.08)
     hole = c["patch"] * np.exp(-((rho / 0.55) ** 4)) * (1 + 0.15 * field["flecks"])
-    lopsided = 1 + 1.1 * c["asymmetry"] * np.tanh(1.2 * along + 0.6 * field["hue"])
-    body = np.maximum(0.1, lopsided * (1 + c["variation"] * (0.6 * field["blotch"] + 0.25 * field["flecks"])))
-    fading = 0.65 + 0.75 * np.clip(shape, -0.5, 0.9)
-    melanin = inside * c["pigment"] * body * fading * np.exp(-0.27 * net) * (1 - 0.7 * np.clip(hole, 0, 1))
+    lopsided = 1 + 0.85 * c["asymmetry"] * np.tanh(1.2 * along + 0.6 * field["hue"])
+    body = np.maximum(0.25, lopsided * (1 + c["variation"] * (0.6 * field["blotch"] + 0.25 * field["flecks"])))
+    fading = 0.78 + 0.45 * np.clip(shape, -0.5, 0.9)
+    melanin = inside * c["pigment"] * body * fading * np.exp(-0.20 * net) * (1 - 0.7 * np.clip(hole, 0, 1))
     melanin += 0.8 * np.clip(piece["globules"], 0, 1.2) * inside
     lacuna = logistic(9 * (piece["lacunae"] - 0.55))
     blood = inside * c["blood"] * (1 + 0.35 * field["hue"] - 0.2 * hole)
