@@ -3,18 +3,22 @@
 # %% auto #0
 __all__ = ['NAMES', 'ENDINGS', 'find_one', 'with_paths', 'one_hot_labels', 'ham10000_records', 'isic2018_test_records',
            'folder_records', 'split_by_lesion', 'load_splits', 'leakage', 'check_leakage', 'check_sources',
-           'pack_records', 'read_records', 'pack_data', 'open_images', 'evaluation_splits', 'check_evaluation',
-           'dataset_table']
+           'perceptual_hash', 'near_duplicates', 'marks', 'demarcated', 'outside_lesion_domain', 'augmented', 'exclude',
+           'pack_records', 'thumbnails', 'extra_records', 'read_records', 'pack_data', 'open_images',
+           'evaluation_splits', 'check_evaluation', 'dataset_table']
 
-# %% ../nbs/01_data.ipynb #58d99121
+# %% ../nbs/01_data.ipynb #a66476b3
 import functools
 from pathlib import Path
 
-import numpy as np, pandas as pd
+import numpy as np, pandas as pd, torch
+from scipy.fft import dctn
+from torch.nn.functional import interpolate as resize
 
 from .core import (CLASSES, DataMissing, DataRefused, Run, named_seed, published, resource, table,
                           write_text)
-from .store import Images, pack_images, read_image, square, to_float, to_uint8
+from .fetch import fetch, manifest_table, read_manifest
+from .store import Images, pack_images, read_image, square, store_facts, to_float, to_uint8
 
 # %% ../nbs/01_data.ipynb #9b2f9ae9
 def find_one(
@@ -184,7 +188,94 @@ def check_sources(
                           "Invert training images only: open_images(run, 'train').")
     return len(synthetic)
 
-# %% ../nbs/01_data.ipynb #535843b3
+# %% ../nbs/01_data.ipynb #8acd64c3
+def perceptual_hash(
+    images: torch.Tensor,  # uint8 [N, 3, H, W]
+) -> np.ndarray:  # uint64 [N]
+    "A 64-bit hash of what a picture looks like: signs of its low cosine coefficients."
+    grey = torch.einsum("nchw,c->nhw", images.float(), torch.tensor([0.299, 0.587, 0.114]))[:, None]
+    small = resize(grey, size=(32, 32), mode="bilinear", antialias=True)[:, 0].numpy()
+    waves = dctn(small, axes=(1, 2), norm="ortho")[:, 1:9, 1:9].reshape(len(images), 64)
+    return np.packbits(waves > np.median(waves, 1, keepdims=True), axis=1).view(np.uint64)[:, 0]
+
+
+def near_duplicates(
+    one: Images,  # for example what the GAN trains on
+    other: Images,  # for example the test set; the same object looks for pairs within
+    distance: int = 4,  # bits
+) -> pd.DataFrame:  # image_id, twin, bits, difference (mean grey levels), same_lesion
+    "List the pairs whose perceptual hashes are close."
+    hashes = perceptual_hash(one.all()), perceptual_hash(other.all())
+    bits = np.bitwise_count(hashes[0][:, None] ^ hashes[1][None])
+    first, second = np.nonzero(np.triu(bits <= distance, 1) if one is other else bits <= distance)
+    apart = (one.batch(first).float() - other.batch(second).float()).abs().mean((1, 2, 3)).tolist()
+    pairs = [(one.ids[i], other.ids[j], bits[i, j], gap, one.lesion_ids[i] == other.lesion_ids[j])
+             for i, j, gap in zip(first, second, apart)]
+    return pd.DataFrame(pairs, columns=["image_id", "twin", "bits", "difference", "same_lesion"])
+
+# %% ../nbs/01_data.ipynb #af444e35
+def marks(
+    images: torch.Tensor,  # uint8 [N, 3, H, W]
+) -> pd.DataFrame:  # violet, foreign: shares of pixels; frame: flat edges with a flat opposite
+    "Measure signs of demarcation: violet ink, colours that skin does not have, a drawn frame."
+    side = images.shape[-1]
+    x = images.float().numpy()
+    density, bright = -np.log((x + 8) / 263), x.sum(1)
+    is_skin = (bright >= np.median(bright, (1, 2), keepdims=True))[:, None]
+    skin = np.nanmedian(np.where(is_skin, density, np.nan), (2, 3), keepdims=True)
+    red, green, blue = np.moveaxis(density - skin, 1, 0)
+    lit = x.max(1) > 50
+    radius = np.hypot(*np.mgrid[-1:1:side * 1j, -1:1:side * 1j])
+    violet = ((red + green) / 2 - blue > 0.3) & (red + green + blue > 0.5) & lit & (radius > 0.6)
+    foreign = (0.514 * red - 0.769 * green + 0.380 * blue > 0.2) & lit
+    edges = [x[:, :, 0], x[:, :, -1], x[..., 0], x[..., -1]]
+    flat = [(edge.std(2).max(1) < 3) & (abs(edge.mean(2) - x.mean((2, 3))).max(1) > 40) for edge in edges]
+    frame = 2 * (flat[0] & flat[1]) + 2 * (flat[2] & flat[3])
+    return pd.DataFrame({"violet": violet.mean((1, 2)), "foreign": foreign.mean((1, 2)), "frame": frame})
+
+
+def demarcated(
+    images: torch.Tensor,  # uint8 [N, 3, H, W]
+) -> np.ndarray:  # bool [N]
+    "Which pictures carry ink, a plaster or a drawn frame. Thresholds: 2 % of unmarked ISIC images pass each."
+    found = marks(images)
+    return ((found.violet > 0.0011) | (found.foreign > 0.0165) | (found.frame > 0)).to_numpy()
+
+# %% ../nbs/01_data.ipynb #11e4c573
+def outside_lesion_domain(
+    records: pd.DataFrame,  # three_partition_label, qc as in Fitzpatrick17k; without them none is outside
+) -> np.ndarray:  # bool [N]
+    "Which records show no neoplasm, or a wrong label by Fitzpatrick17k's own quality check."
+    nothing = pd.Series("", index=records.index)
+    kind, quality = records.get("three_partition_label", nothing), records.get("qc", nothing)
+    return (kind.eq("non-neoplastic") | quality.fillna("").str.contains("Wrongly")).to_numpy()
+
+
+def augmented(
+    images: torch.Tensor,  # uint8 [N, 3, H, W], square
+    distance: int = 4,  # bits
+) -> np.ndarray:  # bool [N]
+    "Which pictures are a turned or mirrored copy of an earlier one, by perceptual hash."
+    hashes, found = perceptual_hash(images), np.zeros(len(images), bool)
+    for turn in range(8):
+        moved = torch.rot90(images.flip(3) if turn > 3 else images, turn % 4, (2, 3))
+        bits = np.bitwise_count(perceptual_hash(moved)[:, None] ^ hashes[None])
+        found |= np.tril(bits <= distance, -1).any(1)
+    return found
+
+
+def exclude(
+    records: pd.DataFrame,  # with image_id
+    filters: dict[str, np.ndarray],  # reason -> bool [N], true where a record is left out
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # the records kept; image_id and the first reason of those removed
+    "Apply filters and list what each removed."
+    reason = pd.Series("", index=records.index)
+    for name, out in filters.items():
+        reason = reason.mask(reason.eq("") & out, name)
+    removed = pd.DataFrame({"image_id": records.image_id, "reason": reason})[reason.ne("")]
+    return records[reason.eq("")].reset_index(drop=True), removed.reset_index(drop=True)
+
+# %% ../nbs/01_data.ipynb #608bc8f3
 def pack_records(
     folder: Path,  # of the store
     records: pd.DataFrame,  # image_id, lesion_id, label, path
@@ -195,10 +286,51 @@ def pack_records(
     "Decode, square and pack the pictures of some records."
     read = lambda path: square(read_image(path), image_px)
     pictures = [functools.partial(read, path) for path in records.path]
-    labels = [classes.index(label) for label in records.label]
+    labels = [classes.index(label) if label in classes else -1 for label in records.label]
     pack_images(folder, pictures, records.image_id.tolist(), labels, records.lesion_id.tolist(), classes,
                 image_px, store, "central square, lanczos")
     return Images(folder)
+
+
+def thumbnails(
+    paths: list[Path],  # of pictures
+    image_px: int = 128,  # side
+) -> tuple[torch.Tensor, np.ndarray]:  # uint8 [n, 3, H, W] of those that decode; bool [N]: which do
+    "Read pictures at a small size, to apply filters to them."
+    squares = []
+    for path in paths:
+        try:
+            squares.append(square(read_image(path), image_px))
+        except (DataRefused, OSError):
+            squares.append(None)
+    good = np.array([picture is not None for picture in squares], bool)
+    blank = np.zeros((0, image_px, image_px, 3), np.uint8)
+    stack = np.stack([p for p in squares if p is not None]) if good.any() else blank
+    return torch.from_numpy(stack).permute(0, 3, 1, 2), good
+
+
+def extra_records(
+    run: Run,  # of a profile with gan_split = all
+) -> pd.DataFrame:  # image_id, lesion_id, label, path, split "extra"; empty where neither set is there
+    "What the paper adds for its GAN: 368 of Fitzpatrick17k, 390 of the Seven-Point data, after its filters."
+    found = {"fitzpatrick17k": ("fitzpatrick17k.csv", "md5hash", "label", "images/{}.jpg"),
+             "seven_point": ("meta/meta.csv", "derm", "diagnosis", "../images/{}")}
+    drawn, removed = [pd.DataFrame(columns=["image_id", "lesion_id", "label", "path", "split"])], []
+    for name, (pattern, id_column, label_column, place) in found.items():
+        if (file := find_one(run.data, pattern)) is None:
+            continue
+        records = pd.read_csv(file).rename(columns={id_column: "image_id", label_column: "label"})
+        records["path"] = [file.parent / place.format(i) for i in records.image_id]
+        pictures, good = thumbnails(records.path)
+        records = records[good].reset_index(drop=True).assign(split="extra", lesion_id=lambda r: r.image_id)
+        filters = {"outside the lesion domain": outside_lesion_domain(records),
+                   "demarcated": demarcated(pictures), "augmented copy": augmented(pictures)}
+        kept, left_out = exclude(records, filters)
+        count = min(len(kept), published()["dataset"][name])
+        drawn.append(kept.sample(count, random_state=run.seed))
+        removed.append(left_out.assign(set=name))
+    write_text(run.path("tables", "excluded.csv"), pd.concat(removed).to_csv(index=False) if removed else "")
+    return pd.concat(drawn, ignore_index=True)
 
 
 def read_records(
@@ -219,16 +351,19 @@ def read_records(
         raise DataRefused("These are not the images of HAM10000.",
                           f"{len(train):,} records, {stray:,} of them without a place in splits.csv.",
                           "Use the whole of HAM10000, or dataset = folder for images of your own.")
-    return pd.concat([train, isic2018_test_records(run.data).assign(split="test")], ignore_index=True)
+    parts = [train, isic2018_test_records(run.data).assign(split="test")]
+    if run.profile.gan_split == "all":
+        parts.append(extra_records(run))
+    return pd.concat(parts, ignore_index=True)
 
-# %% ../nbs/01_data.ipynb #3815266e
+# %% ../nbs/01_data.ipynb #e43ecca5
 def pack_data(
     run: Run,  # of a real data set
 ) -> dict[str, Images]:  # split -> its store
     "Pack every split of a run's data, check it for leaks, and list what was rejected."
     records = read_records(run)
     check_leakage(records)
-    names = set(records.label)
+    names = set(records.label[records.split != "extra"])
     classes = CLASSES if names <= set(CLASSES) else tuple(sorted(names))
     px, store = run.profile.image_px, run.profile.store
     stores = {split: pack_records(run.path("lmdb", split), part, classes, px, store)
@@ -246,10 +381,11 @@ def pack_data(
 
 def open_images(
     run: Run,  # whose stores are read
-    split: str,  # train, val, holdout or test; `all` is the first three together
+    split: str,  # train, val, holdout or test; `all`: the first three and what the GAN adds (label -1)
 ) -> Images:  # the images
     "Open a split of a run. DataNotReady, with the command, where it is not packed."
-    parts = ("train", "val", "holdout") if split == "all" else (split,)
+    added = ("extra",) if store_facts(run.folder / "lmdb" / "extra") else ()
+    parts = ("train", "val", "holdout", *added) if split == "all" else (split,)
     return Images(*(run.folder / "lmdb" / part for part in parts))
 
 
@@ -274,18 +410,19 @@ def check_evaluation(
                           "Judge on test, or train with --set gan_split=train.")
     return split
 
-# %% ../nbs/01_data.ipynb #e9d74b37
+# %% ../nbs/01_data.ipynb #9caa8c90
 def dataset_table(
     run: Run,  # with packed stores
 ) -> pd.DataFrame:  # set, class, value (images), n (lesions), paper
     "Count images and lesions of each set and class, and save table_dataset.csv."
     rows, paper = [], published()["dataset"] if run.profile.dataset == "ham10000" else {}
-    for split in ("train", "val", "holdout", "all", "test"):
-        if not (run.folder / "lmdb" / split.replace("all", "train") / "complete").is_file():
+    for split in ("train", "val", "holdout", "all", "test", "extra"):
+        if not store_facts(run.folder / "lmdb" / split.replace("all", "train")):
             continue
         images = open_images(run, split)
-        names = [images.classes[k] for k in images.labels]
+        names = [images.classes[k] if k >= 0 else "other" for k in images.labels]
         frame = pd.DataFrame({"lesion": images.lesion_ids, "class": names})
+        frame = frame[frame["class"] != "other"] if split == "all" else frame
         for name, part in [*frame.groupby("class"), ("total", frame)]:
             printed = paper.get({"all": "train", "test": "test"}.get(split)) if name == "total" else None
             rows.append((split, name, len(part), part.lesion.nunique(), printed))

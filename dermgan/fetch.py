@@ -126,7 +126,7 @@ def verify(
                           "Run the same command again; if it stays, the publisher's file has changed.")
     return {"bytes": size, "sha256": digest}
 
-# %% ../nbs/00_fetch.ipynb #358e2971
+# %% ../nbs/00_fetch.ipynb #9478bcc7
 def check_members(
     members: Any,  # yields (name, bytes, whether it is a plain file or folder)
     max_bytes: int,  # of all members together
@@ -171,9 +171,9 @@ def unpack(
             target = Path(folder) / path.relative_to(beside)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, target)
-    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, tarfile.TarError) as error:
-        raise DataRefused(f"{archive.name} was not unpacked.", str(error)[:200],
-                          "Nothing of it is used; fetch it again, or tell us.") from error
+    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, tarfile.TarError, zlib.error) as bad:
+        raise DataRefused(f"{archive.name} was not unpacked.", str(bad)[:200],
+                          "Nothing of it is used; fetch it again, or tell us.") from bad
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return Path(folder)
