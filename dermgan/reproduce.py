@@ -4,13 +4,14 @@
 __all__ = ['arguments', 'settings_of', 'stage_name', 'restart', 'snakemake', 'planned', 'reproduce', 'stopped', 'fetch_command',
            'run_command', 'main']
 
-# %% ../nbs/18_reproduce.ipynb #cb18b3d7
+# %% ../nbs/18_reproduce.ipynb #39485aab
 import argparse, fcntl, os, re, shlex, shutil, subprocess, sys, time
 from pathlib import Path
 
 from .core import (ConfigError, DermganError, Run, profile_names, remove_temporaries, resolve_run,
                           write_text)
-from .report import promote, summary_text, write_readme
+from .publish import promote, write_readme
+from .report import summary_text
 from .stages import (MARK, end_with_parent, execute, forget_incomplete, plan, run_cell,
                             run_environment, run_notebook, top)
 

@@ -14,7 +14,7 @@ from .core import (ConfigError, DataMissing, Profile, Run, code_meaning, read_ru
                           write_text)
 from .report import notebook_cells, stage_logs
 
-# %% ../nbs/17_stages.ipynb #c80ea778
+# %% ../nbs/17_stages.ipynb #66c92802
 NEEDS = {
     "00_settings": (),
     "00_core": ("00_settings",),
@@ -39,7 +39,8 @@ NEEDS = {
     "14_crp": ("13_lrp",),
     "15_pcx": ("14_crp",),
     "16_report": ("12_results", "15_pcx"),
-    "17_stages": ("16_report",),
+    "16_publish": ("16_report",),
+    "17_stages": ("16_publish",),
     "18_reproduce": ("17_stages",),
     "index": ("16_report",),
 }

@@ -16,7 +16,7 @@ MODULES = sorted(p for p in (TOP / "dermgan").glob("*.py") if p.name not in ("__
 NOTEBOOKS = sorted((TOP / "nbs").glob("*.ipynb"))
 NUMBERED = [p for p in NOTEBOOKS if p.name[0].isdigit()]
 ORDER = ("settings core store fetch data lesion phantom metrics layers stylegan2 gan factorize invert hyperstyle explore allot "
-         "augment classify results lrp crp pcx report stages reproduce").split()
+         "augment classify results lrp crp pcx report publish stages reproduce").split()
 BASES = {"Module", "Dataset", "Exception", "NamedTuple", "DermganError", "Function", "Unpickler", "Sampler"}
 NETWORK = {"urllib", "requests", "http", "socket", "ftplib", "httpx", "aiohttp"}
 DRAWS = {"rand", "randn", "randint", "random", "choice", "shuffle", "permutation", "normal", "uniform", "sample"}
@@ -225,7 +225,7 @@ def test_nbdev_export_and_clean_leave_no_difference(tmp_path):
 
 
 def test_readme_is_the_index():
-    from dermgan.report import readme_text
+    from dermgan.publish import readme_text
     text, files = readme_text(TOP / "nbs" / "index.ipynb")
     assert (TOP / "README.md").read_text() == text, "run: dermgan readme"
     folder = TOP / "figures" / "readme"
