@@ -201,7 +201,7 @@ def begin(
     adam = torch.optim.Adam(model.parameters(), p.cls_lr, weight_decay=p.cls_weight_decay, fused=True)
     return Fit(model, adam, precision)
 
-# %% ../nbs/11_classify.ipynb #724a4891
+# %% ../nbs/11_classify.ipynb #423a7d6f
 def cell_name(
     arch: str,  # architecture
     set_name: str,  # baseline, 2k, ... 10k
@@ -223,9 +223,10 @@ def open_pool(
     real = open_images(run, "train")
     if filtered and set_name == "baseline":
         raise ConfigError("The baseline cannot be filtered.", "It is all real images.", "Name a set: --set 2k")
-    if set_name == "baseline":
+    wanted = set(draw_set(run, set_name, len(real)))
+    if not wanted:
         return real, real.labels, []
-    synthetic, wanted = open_images(run, "synthetic"), set(draw_set(run, set_name, len(real)))
+    synthetic = open_images(run, "synthetic")
     kept = [i for i, name in enumerate(synthetic.ids) if name in wanted]
     if filtered:
         train_cell(run, arch, set_name, False, seed)
