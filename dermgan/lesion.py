@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['TRAITS', 'SIGNS', 'FIELDS', 'MELANIN', 'BLOOD', 'DEEP', 'SKIN', 'REDNESS', 'TONE', 'hashed', 'uniform', 'normal',
            'grid', 'waves', 'stamps', 'curves', 'lesion_traits', 'view_traits', 'lesion_fields', 'lesion_frame',
-           'skin_rgb', 'srgb_to_lab', 'lesion_pieces', 'vessel_tree', 'render_lesions', 'shade']
+           'skin_rgb', 'srgb_to_lab', 'shade', 'lesion_pieces', 'vessel_tree', 'render_lesions']
 
 # %% ../nbs/02_lesion.ipynb #17fd8a61
 from typing import Callable
@@ -245,6 +245,23 @@ def srgb_to_lab(
     t = np.where(t > (6 / 29) ** 3, np.cbrt(t), t / (3 * (6 / 29) ** 2) + 4 / 29)
     return np.stack([116 * t[:, 1] - 16, 500 * (t[:, 0] - t[:, 1]), 200 * (t[:, 1] - t[:, 2])], 1)
 
+# %% ../nbs/02_lesion.ipynb #7b3404d6
+def shade(
+    skin: np.ndarray,  # colour of bare skin, [n, 3]
+    densities: tuple,  # melanin, blood, deep melanin, each [n, H, W]
+    white: np.ndarray,  # share of white on top, [n, H, W]
+    tint: np.ndarray,  # of the melanin: below 0 orange, above 0 grey and black, [n]
+) -> np.ndarray:  # colours in 0..1, [3, n, H, W]
+    "Absorb skin's light by the three densities, then mix in what scatters white."
+    melanin, blood, deep = densities
+    out = np.empty((3, *white.shape), np.float32)
+    for channel, pale in enumerate((0.93, 0.87, 0.86)):
+        tinted = MELANIN[channel] * (1 + (1.0, 0.1, -0.15)[channel] * tint)[:, None, None].astype(np.float32)
+        density = tinted * melanin + BLOOD[channel] * (blood - 0.1) + DEEP[channel] * deep
+        colour = skin[:, channel, None, None] * np.exp(-density)
+        out[channel] = colour + white * (pale - colour)
+    return out
+
 # %% ../nbs/02_lesion.ipynb #0f1bb146
 def lesion_pieces(
     seed: int,  # of the data set
@@ -340,20 +357,3 @@ def render_lesions(
     cyst = np.clip(1.3 * piece["cysts"], 0, 1) * inside
     white = np.clip(0.75 * scale + 0.5 * cyst + 0.40 * np.clip(hole, 0, 1) * inside + 0.16 * veil, 0, 0.9)
     return shade(skin_rgb(f), (melanin, blood, deep), white, f["tint"]), mask
-
-# %% ../nbs/02_lesion.ipynb #7b3404d6
-def shade(
-    skin: np.ndarray,  # colour of bare skin, [n, 3]
-    densities: tuple,  # melanin, blood, deep melanin, each [n, H, W]
-    white: np.ndarray,  # share of white on top, [n, H, W]
-    tint: np.ndarray,  # of the melanin: below 0 orange, above 0 grey and black, [n]
-) -> np.ndarray:  # colours in 0..1, [3, n, H, W]
-    "Absorb skin's light by the three densities, then mix in what scatters white."
-    melanin, blood, deep = densities
-    out = np.empty((3, *white.shape), np.float32)
-    for channel, pale in enumerate((0.93, 0.87, 0.86)):
-        tinted = MELANIN[channel] * (1 + (1.0, 0.1, -0.15)[channel] * tint)[:, None, None].astype(np.float32)
-        density = tinted * melanin + BLOOD[channel] * (blood - 0.1) + DEEP[channel] * deep
-        colour = skin[:, channel, None, None] * np.exp(-density)
-        out[channel] = colour + white * (pale - colour)
-    return out
