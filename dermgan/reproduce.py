@@ -4,16 +4,15 @@
 __all__ = ['arguments', 'settings_of', 'stage_name', 'restart', 'snakemake', 'planned', 'reproduce', 'stopped', 'fetch_command',
            'run_command', 'main']
 
-# %% ../nbs/18_reproduce.ipynb #39485aab
+# %% ../nbs/18_reproduce.ipynb #f07da567
 import argparse, fcntl, os, re, shlex, shutil, subprocess, sys, time
 from pathlib import Path
 
-from .core import (ConfigError, DermganError, Run, profile_names, remove_temporaries, resolve_run,
-                          write_text)
+from .core import ConfigError, DermganError, Run, profile_names, remove_temporaries, resolve_run
 from .publish import promote, write_readme
 from .report import summary_text
-from .stages import (MARK, end_with_parent, execute, forget_incomplete, plan, run_cell,
-                            run_environment, run_notebook, top)
+from .stages import (MARK, check_parameters, end_with_parent, execute, forget_incomplete, plan,
+                            run_cell, run_environment, run_notebook, top)
 
 # %% ../nbs/18_reproduce.ipynb #e5161cb7
 def arguments() -> argparse.ArgumentParser:  # of ./reproduce.sh and `dermgan run`
@@ -108,7 +107,7 @@ def planned(
     lines = [f"  {Path(output).stem}: {reasons.get(why.split()[0], why)}" for _, output, why in found]
     return "\n".join(lines) or "  nothing: everything is up to date"
 
-# %% ../nbs/18_reproduce.ipynb #ff14cf34
+# %% ../nbs/18_reproduce.ipynb #10650739
 def reproduce(
     options: argparse.Namespace,  # see `arguments`
     extra: list[str],  # passed to Snakemake as they are
@@ -117,6 +116,8 @@ def reproduce(
     run = resolve_run(options.profile, options.seed, settings_of(options.set), options.data, options.weights,
                       options.published)
     until, begun = stage_name(options.until), time.time()
+    for name in plan():
+        check_parameters(name)
     with open(run.path(".lock"), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

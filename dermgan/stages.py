@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['NEEDS', 'MARK', 'top', 'plan', 'cells', 'imported_modules', 'code_digest', 'notebook_digest', 'end_with_parent',
-           'execute', 'end_tree', 'say', 'follow', 'clean_executed', 'failure', 'run_environment', 'work', 'made_files',
-           'run_notebook', 'run_cell', 'forget_incomplete']
+           'execute', 'check_parameters', 'end_tree', 'say', 'follow', 'clean_executed', 'failure', 'run_environment',
+           'work', 'made_files', 'run_notebook', 'run_cell', 'forget_incomplete']
 
 # %% ../nbs/17_stages.ipynb #b69fbacf
 import ast, hashlib, json, os, re, signal, subprocess, sys, threading, time
@@ -115,7 +115,7 @@ def notebook_digest(
     code = [c["source"] for c in notebook_cells(top() / "nbs" / f"{name}.ipynb") if c["cell_type"] == "code"]
     return code_digest("\n".join(code), top() / "dermgan")
 
-# %% ../nbs/17_stages.ipynb #a8fd38df
+# %% ../nbs/17_stages.ipynb #741e2435
 def end_with_parent(
     wait_s: float = 0.5,  # seconds between looks
 ) -> None:
@@ -136,17 +136,25 @@ def execute(
     profile: str,  # parameter
     seed: int,  # parameter
 ) -> None:
-    "Run one notebook headless in this process. ConfigError where it does not take the two parameters."
+    "Run one notebook headless in this process."
     import papermill
     end_with_parent()
-    known = papermill.inspect_notebook(str(source))
-    if missing := {"profile", "seed"} - known.keys():
-        raise ConfigError(f"{Path(source).name} takes no parameter {', '.join(sorted(missing))}.",
-                          f"Its parameters cell has {', '.join(known) or 'nothing'}.",
-                          'Give it the cell tagged "parameters" with profile and seed.')
     papermill.execute_notebook(
         str(source), str(target), {"profile": profile, "seed": seed}, kernel_name="python3",
         progress_bar=False, store_widget_state=False, cwd=str(Path(source).parent))
+
+
+def check_parameters(
+    name: str,  # notebook, without ending
+) -> None:
+    "ConfigError unless a notebook takes the two parameters that it is passed; papermill would only warn."
+    tagged = [c["source"] for c in notebook_cells(top() / "nbs" / f"{name}.ipynb")
+              if "parameters" in c["metadata"].get("tags", [])]
+    lines = [node for code in tagged for node in ast.parse(code).body if isinstance(node, ast.Assign)]
+    found = {target.id for line in lines for target in line.targets}
+    if found != {"profile", "seed"}:
+        raise ConfigError(f"{name} takes the parameters {', '.join(sorted(found)) or 'none'}.",
+                          "Allowed: profile, seed.", 'Correct its cell tagged "parameters".')
 
 
 def end_tree(
