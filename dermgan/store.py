@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from .core import DataNotReady, DataRefused, DiskFull, progress, short_key, write_text
 
-# %% ../nbs/00_store.ipynb #a8ac48bb
+# %% ../nbs/00_store.ipynb #e0267087
 def read_image(
     source: bytes | Path,  # an encoded picture, or the file that holds it
     max_mb: float = 8,  # largest file, in 2**20 bytes
@@ -23,7 +23,7 @@ def read_image(
     "Decode an outside picture safely. DataRefused says why not."
     size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
     name = "The picture" if isinstance(source, bytes) else Path(source).name
-    limits = f"Give a JPEG, PNG, WebP or BMP of 16 px a side or more, up to {max_mb:g} MB and {max_mpx:g} Mpx."
+    limits = f"Give a JPEG, PNG, WebP or BMP of 16 px a side or more, to {max_mb:g} MB and {max_mpx:g} Mpx."
     try:
         if not 0 < size <= max_mb * 2**20:
             raise ValueError(f"it has {size / 2**20:.1f} MB" if size else "it is empty")
