@@ -318,7 +318,7 @@ def vessel_tree(
     field[has] = curves(control[has], width[has], shown[has], image_px)
     return field
 
-# %% ../nbs/02_lesion.ipynb #79d4d604
+# %% ../nbs/02_lesion.ipynb #47599841
 def render_lesions(
     seed: int,  # of the data set
     lesion: np.ndarray,  # lesion numbers, [n]
@@ -338,7 +338,8 @@ def render_lesions(
     core = logistic((shape - 0.25) / 0.08)
     hole = c["patch"] * np.exp(-((rho / 0.55) ** 4)) * (1 + 0.15 * field["flecks"])
     lopsided = 1 + 0.85 * c["asymmetry"] * np.tanh(1.2 * along + 0.6 * field["hue"])
-    body = np.maximum(0.25, lopsided * (1 + c["variation"] * (0.6 * field["blotch"] + 0.25 * field["flecks"])))
+    body = np.maximum(
+        0.25, lopsided * (1 + c["variation"] * (0.6 * field["blotch"] + 0.25 * field["flecks"])))
     fading = 0.78 + 0.45 * np.clip(shape, -0.5, 0.9)
     melanin = inside * c["pigment"] * body * fading * np.exp(-0.20 * net) * (1 - 0.7 * np.clip(hole, 0, 1))
     melanin += 0.8 * np.clip(piece["globules"], 0, 1.2) * inside
