@@ -81,7 +81,7 @@ def render_rows(
         codes[rows] = move(codes[rows], t.direction, steps, t.layers)
     return render(g, codes.to(g.w_avg.device)).cpu()
 
-# %% ../nbs/10_augment.ipynb #c32204d1
+# %% ../nbs/10_augment.ipynb #94bed313
 def gate(
     distances: pd.Series,  # lpips_last3 of every image made
     name: str,  # of the metric: LPIPS or LPIPS-random
@@ -114,12 +114,12 @@ def check_provenance(
     true = places.set_index("image_id").reindex(frame.source_id)
     wrong = (true.lesion_id.to_numpy() != frame.lesion_id) | (true.label.to_numpy() != frame.label)
     if wrong.any():
-        raise DataRefused(f"{wrong.sum()} synthetic images have another lesion or diagnosis than their source.",
+        raise DataRefused(f"{wrong.sum()} images have another lesion or diagnosis than their source.",
                           f"The first is made from {frame.source_id[wrong].iloc[0]}.",
                           "Make them again: delete tables/synthetic.csv.")
     return len(frame)
 
-# %% ../nbs/10_augment.ipynb #7862225f
+# %% ../nbs/10_augment.ipynb #5ef2c703
 def made_by(
     run: Run,  # its settings
     g: Generator,  # the run's
@@ -146,7 +146,7 @@ def measure_plan(
     facts: dict,  # from `made_by`
     batch: int = 16,  # sources at a time
 ) -> pd.DataFrame:  # the plan with lpips, lpips_last3, lpips_inversion
-    "Measure every planned image; goes on where it was killed, begins anew where the state is of another plan."
+    "Measure every planned image; goes on where it was killed, begins anew if the state is of another plan."
     file, train = run.path("ckpt", "synthetic.pt"), open_images(run, "train")
     place = {name: i for i, name in enumerate(train.ids)}
     state = load_state(file) if file.exists() else {}

@@ -201,7 +201,7 @@ def begin(
     adam = torch.optim.Adam(model.parameters(), p.cls_lr, weight_decay=p.cls_weight_decay, fused=True)
     return Fit(model, adam, precision)
 
-# %% ../nbs/11_classify.ipynb #423a7d6f
+# %% ../nbs/11_classify.ipynb #f1a62be9
 def cell_name(
     arch: str,  # architecture
     set_name: str,  # baseline, 2k, ... 10k
@@ -222,7 +222,7 @@ def open_pool(
     "The training images of a cell: all real ones, and the drawn synthetic ones."
     real = open_images(run, "train")
     if filtered and set_name == "baseline":
-        raise ConfigError("The baseline cannot be filtered.", "It is all real images.", "Name a set: --set 2k")
+        raise ConfigError("The baseline cannot be filtered.", "It is all real.", "Name a set: --set 2k")
     wanted = set(draw_set(run, set_name, len(real)))
     if not wanted:
         return real, real.labels, []

@@ -206,8 +206,9 @@ def colour_baseline(
     return {split: Cell([predict(best, split)], y[split], stores[split].lesion_ids, "")
             for split in evaluation_splits(run)}
 
-# %% ../nbs/12_results.ipynb #3d00e2ea
-COLUMNS = ["architecture", "filtered", "set", "eval", "value", "low", "high", "n", "paper", "synthetic", "reason"]
+# %% ../nbs/12_results.ipynb #7c41dde0
+COLUMNS = ["architecture", "filtered", "set", "eval", "value", "low", "high", "n", "paper", "synthetic",
+           "reason"]
 
 
 def count_synthetic(

@@ -1,0 +1,289 @@
+"""The classifier: its networks, its order of images, its stop, its resume."""
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from dermgan import allot, classify
+from dermgan.core import (CLASSES, ConfigError, DataMissing, DataRefused, NotFinite, RunMismatch, file_sha256, load_state,
+                          resolve_run, rng, save_weights)
+from dermgan.data import open_images
+from dermgan.store import pack_images, to_float
+
+CHANGES = {"image_px": "32", "cls_batch": "16", "cls_epochs": "2", "cls_patience": "2", "precision": "fp32", "cls_lr": "1e-3"}
+
+
+def pictures(labels, seed):
+    "Noise whose brightness tells the class."
+    draw = np.random.default_rng(seed)
+    return [draw.integers(0, 100 + 20 * k, (32, 32, 3), dtype=np.uint8) for k in labels]
+
+
+def make_run(root, **changes):
+    "A run with small stores: 70 training images, 14 of each other split, 70 synthetic ones."
+    run = resolve_run("smoke", 0, CHANGES | changes, root=root)
+    for split, n in (("train", 70), ("val", 14), ("holdout", 14), ("test", 14)):
+        labels = [k % 7 for k in range(n)]
+        pack_images(run.path("lmdb", split), pictures(labels, n), [f"{split}{k}" for k in range(n)], labels,
+                    [f"{split}-l{k // 2}" for k in range(n)], CLASSES, 32)
+    train = open_images(run, "train")
+    frame = pd.DataFrame({"image_id": [f"train{k}-SV+" for k in range(70)], "source_id": train.ids, "lesion_id": train.lesion_ids,
+                          "label": train.labels, "transformation": "SV", "kept": [k % 10 > 0 for k in range(70)]})
+    kept = frame[frame.kept]
+    pack_images(run.path("lmdb", "synthetic"), pictures(kept.label, 5), kept.image_id.tolist(), kept.label.tolist(),
+                kept.lesion_id.tolist(), CLASSES, 32)
+    frame.to_csv(run.path("tables", "synthetic.csv"), index=False)
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("classify"))
+
+
+# --- networks ---
+
+@pytest.mark.parametrize("arch,parameters", [("densenet121", 7_978_856), ("densenet169", 14_149_480)])
+def test_the_printed_networks_are_torchvisions(arch, parameters):
+    net = classify.build(arch, 1000)
+    assert sum(p.numel() for p in net.parameters()) == parameters
+    theirs = getattr(classify.import_torchvision().models, arch)(weights=None)
+    assert {k: v.shape for k, v in net.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    assert net.features.denseblock1.denselayer1.drop_rate == 0.1
+
+
+def test_initial_weights_are_a_pure_function_of_the_seed():
+    torch.manual_seed(5)
+    a = classify.build("densenet_small", 3, seed=1)
+    state = torch.get_rng_state()
+    b, c = (classify.build("densenet_small", 3, seed=k) for k in (1, 2))
+    assert torch.equal(a.classifier.weight, b.classifier.weight) and not torch.equal(a.classifier.weight, c.classifier.weight)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_imagenet_weights_are_read_under_torchvisions_old_names(tmp_path):
+    source = classify.build("densenet121", 1000, seed=9)
+    old = {k.replace("norm1.", "norm.1.").replace("norm2.", "norm.2.").replace("conv1.", "conv.1.").replace("conv2.", "conv.2."): v
+           for k, v in source.state_dict().items() if "num_batches" not in k}
+    assert any(".norm.1." in k for k in old)
+    save_weights(tmp_path / "densenet121.safetensors", old)
+    net = classify.build("densenet121", 7, pretrained="imagenet", weights=tmp_path)
+    assert torch.equal(net.features.conv0.weight, source.features.conv0.weight)
+    assert torch.equal(net.features.denseblock4.denselayer16.norm2.weight, source.features.denseblock4.denselayer16.norm2.weight)
+    assert net.classifier.out_features == 7
+
+
+def test_absent_foreign_and_damaged_imagenet_weights_are_refused(tmp_path):
+    with pytest.raises(DataMissing) as absent:
+        classify.build("densenet169", pretrained="imagenet", weights=tmp_path)
+    assert len(str(absent.value).splitlines()) == 3 and "densenet169-b2777c0a.pth" in str(absent.value)
+    save_weights(tmp_path / "densenet169.safetensors", classify.build("densenet121", 1000).state_dict())
+    with pytest.raises(DataRefused, match="another architecture"):
+        classify.build("densenet169", pretrained="imagenet", weights=tmp_path)
+    torch.save(classify.build("densenet121", 1000).state_dict(), tmp_path / "densenet121-a639ec97.pth")
+    with pytest.raises(DataRefused, match="damaged"):
+        classify.build("densenet121", pretrained="imagenet", weights=tmp_path)
+    with pytest.raises(ConfigError, match="densenet_small"):
+        classify.build("resnet50")
+
+
+# --- order, augmentation, stop ---
+
+def test_the_oversampled_shares_are_equal_over_20000_draws():
+    labels = torch.tensor(np.random.default_rng(0).choice(7, 2000, p=[.11, .67, .05, .03, .11, .015, .015]))
+    drawn = torch.cat([labels[allot.oversample(labels, 3, epoch)] for epoch in range(10)])
+    assert len(drawn) == 20_000 and (torch.bincount(drawn) / 20_000 - 1 / 7).abs().max() <= 0.02
+
+
+def test_the_order_depends_on_seed_and_epoch_only_and_no_batch_has_one_image():
+    labels = torch.arange(33) % 3
+    first = allot.batches(labels, 16, 1, 0)
+    torch.manual_seed(0)
+    torch.rand(10)
+    assert first == allot.batches(labels, 16, 1, 0) != allot.batches(labels, 16, 1, 1) != allot.batches(labels, 16, 2, 1)
+    assert [len(b) for b in first] == [16, 17]
+
+
+def test_a_class_that_is_absent_does_no_harm():
+    assert set(allot.oversample(torch.tensor([0, 0, 2]), 0, 0).tolist()) <= {0, 1, 2}
+
+
+def test_augmentation_is_a_flip_and_one_hidden_rectangle():
+    x = torch.randint(1, 256, (200, 3, 24, 24), generator=rng(0), dtype=torch.uint8)
+    seen, plain, kinds = allot.augment(x, 0.25, rng(1)), to_float(x), set()
+    for image, original in zip(seen, plain):
+        variants = {(a, b): original.flip([d for d, on in ((1, b), (2, a)) if on]) for a in (0, 1) for b in (0, 1)}
+        matches = {k: (image == v).float().mean().item() for k, v in variants.items()}
+        kind = max(matches, key=matches.get)
+        kinds.add(kind)
+        hidden = (image != variants[kind]).any(0)
+        rows, columns = hidden.any(1).nonzero().flatten(), hidden.any(0).nonzero().flatten()
+        assert hidden.sum() == len(rows) * len(columns) and len(rows) <= 6 and len(columns) <= 6
+        assert (image[:, hidden] == 0).all()
+    assert kinds == {(0, 0), (0, 1), (1, 0), (1, 1)}
+
+
+def test_early_stopping_counts_exactly_the_patience():
+    draw = np.random.default_rng(0)
+    for _ in range(200):
+        curve, patience = draw.integers(0, 6, 30).tolist(), int(draw.integers(1, 6))
+        best, since, stop = -1, 0, None
+        for epoch, score in enumerate(curve):
+            best, since = (score, 0) if score > best else (best, since + 1)
+            if since == patience:
+                stop = epoch + 1
+                break
+        mine = next((n for n in range(len(curve) + 1) if classify.should_stop(curve[:n], patience)), None)
+        assert mine == stop
+
+
+def test_training_stops_after_exactly_patience_epochs(tmp_path, monkeypatch):
+    run = make_run(tmp_path, cls_epochs="9", cls_patience="3")
+    given = iter([0.2, 0.5, 0.5, 0.4, 0.5, 0.9, 0.9, 0.9, 0.9])
+    monkeypatch.setattr(classify, "balanced_accuracy", lambda *_: next(given, 0.0))
+    monkeypatch.setattr(classify, "train_step", lambda *_: 1.0)
+    record = classify.train_cell(run, "densenet_small")
+    assert len(record["history"]) == 5 and record["best_epoch"] == 1 and record["stopped_early"]
+
+
+# --- a cell ---
+
+def test_a_cell_is_written_whole_and_not_trained_twice(run, monkeypatch):
+    record = classify.train_cell(run, "densenet_small")
+    folder = run.folder / "ckpt" / "classify"
+    assert sorted(p.name for p in folder.glob("densenet_small-baseline-plain-s0*")) == [
+        f"densenet_small-baseline-plain-s0.{end}" for end in ("json", "npz", "safetensors", "safetensors.sha256")]
+    arrays = np.load(folder / "densenet_small-baseline-plain-s0.npz")
+    for split in ("val", "holdout", "test"):
+        images = open_images(run, split)
+        assert arrays[f"{split}_probabilities"].shape == (14, 7) and arrays[f"{split}_ids"].tolist() == images.ids
+        assert np.allclose(arrays[f"{split}_probabilities"].sum(1), 1, atol=1e-5)
+        model = classify.load_cell(run, "densenet_small-baseline-plain-s0")
+        assert np.allclose(classify.predict(model, images), arrays[f"{split}_probabilities"], atol=1e-5)
+    monkeypatch.setattr(classify, "end_epoch", lambda *_: pytest.fail("trained again"))
+    assert classify.train_cell(run, "densenet_small") == record
+
+
+def test_a_finished_cell_of_other_settings_is_refused(run):
+    classify.train_cell(run, "densenet_small")
+    changed = dataclasses.replace(run, profile=dataclasses.replace(run.profile, cls_cutout=0.5))
+    with pytest.raises(RunMismatch, match="cls_cutout") as refusal:
+        classify.train_cell(changed, "densenet_small")
+    assert "cls_lr" not in str(refusal.value)
+
+
+def test_a_set_adds_its_drawn_images_and_filtering_keeps_a_subset_of_them(run):
+    wanted = set(allot.draw_set(run, "10k", 70))
+    pool, labels, synthetic = classify.open_pool(run, "densenet_small", "10k", False, 0)
+    assert set(synthetic) == wanted and len(synthetic) == allot.set_size(run, "10k", 70) == 14
+    assert len(pool) == len(labels) == 84 and [pool[i][1] for i in range(84)] == labels.tolist()
+    store, stored = open_images(run, "synthetic"), pool[83][0]
+    assert torch.equal(stored, store.batch([store.ids.index(synthetic[-1])])[0])
+    kept = classify.open_pool(run, "densenet_small", "10k", True, 0)[2]
+    model = classify.load_cell(run, "densenet_small-10k-plain-s0")
+    right = classify.predict(model, store).argmax(1) == store.labels
+    assert set(kept) == {name for name, ok in zip(store.ids, right) if ok and name in wanted}
+    with pytest.raises(ConfigError, match="baseline"):
+        classify.open_pool(run, "densenet_small", "baseline", True, 0)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    run, real = make_run(tmp_path), torch.nn.functional.cross_entropy
+    calls = []
+
+    def poisoned(*words):
+        calls.append(1)
+        return real(*words) * (float("nan") if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(classify.F, "cross_entropy", poisoned)
+    with pytest.raises(NotFinite, match="epoch 0, step 3") as stop:
+        classify.train_cell(run, "densenet_small", save_s=0)
+    assert len(str(stop.value).splitlines()) == 3
+    state = load_state(run.folder / "ckpt" / "classify" / "densenet_small-baseline-plain-s0.pt")
+    assert state["step"] == 3 and all(torch.isfinite(v).all() for v in state["model"].values())
+
+
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from dermgan import classify
+from dermgan.core import read_run
+from dermgan.classify import Fit
+real, saves = classify.save_fit, []
+def save(path, fit, facts):
+    real(path, fit, facts)
+    saves.append(1)
+    if len(saves) == int(sys.argv[2]):
+        assert fit.step not in (0, 5), "not in the middle of an epoch"
+        os.kill(os.getpid(), signal.SIGKILL)
+if __name__ == "__main__":
+    classify.save_fit = save
+    classify.pick_precision = (lambda *_: sys.exit("measured again")) if sys.argv[3] == "resumed" else classify.pick_precision
+    classify.train_cell(read_run(Path(sys.argv[1])), "densenet_small", "10k", save_s=0, workers=int(sys.argv[4]))
+"""
+
+
+def finished(run):
+    folder = run.folder / "ckpt" / "classify"
+    record = json.loads((folder / "densenet_small-10k-plain-s0.json").read_text())
+    arrays = np.load(folder / "densenet_small-10k-plain-s0.npz")
+    record.pop("step_seconds")
+    return (file_sha256(folder / "densenet_small-10k-plain-s0.safetensors"), record, {k: arrays[k].tobytes() for k in arrays.files})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_in_the_middle_of_an_epoch_it_resumes_bit_for_bit(tmp_path, workers):
+    (tmp_path / "child.py").write_text(CHILD)
+    straight, broken = (make_run(tmp_path / name, precision="bf16") for name in ("straight", "broken"))
+
+    def child(run, kill_at, mode, workers):
+        words = [sys.executable, str(tmp_path / "child.py"), str(run.folder), str(kill_at), mode, str(workers)]
+        return subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+
+    done = child(straight, -1, "fresh", 0)
+    assert done.returncode == 0, done.stderr[-600:]
+    assert child(broken, 3, "fresh", workers).returncode == -signal.SIGKILL
+    second = child(broken, 6, "resumed", workers)
+    assert second.returncode == -signal.SIGKILL, second.stderr[-600:]
+    last = child(broken, -1, "resumed", workers)
+    assert last.returncode == 0, last.stderr[-600:]
+    assert finished(straight) == finished(broken)
+
+
+def test_a_checkpoint_of_other_settings_is_refused_by_the_name_of_the_key(run, tmp_path):
+    current = classify.made_by(run, {"arch": "densenet_small", "set": "baseline", "filtered": False, "seed": 0}, [])
+    fit = classify.begin(run, "densenet_small", 7, 0, "fp32")
+    path = classify.save_fit(tmp_path / "cell.pt", fit, {"made_by": current | {"cls_lr": 0.5}, "step_seconds": {}})
+    with pytest.raises(RunMismatch, match="cls_lr: 0.5 then, 0.001 now"):
+        classify.resume(run, path, current, 7, 0)
+
+
+def test_the_precision_is_what_the_profile_says_or_the_faster_of_two(run, monkeypatch):
+    assert classify.pick_precision(run, "densenet_small", 7) == ("fp32", {})
+    auto = dataclasses.replace(run, profile=dataclasses.replace(run.profile, precision="auto"))
+    ticks = iter(np.cumsum([0, 5] * 5 + [0, 1] * 5).tolist())
+    monkeypatch.setattr(classify, "time", SimpleNamespace(perf_counter=lambda: next(ticks), monotonic=lambda: 0))
+    assert classify.pick_precision(auto, "densenet_small", 7) == ("bf16", {"fp32": 5, "bf16": 1})
+
+
+# --- the command ---
+
+def test_the_command_says_what_is_allowed(run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        classify.main(["--run", str(run.folder), "--arch", "resnet50"])
+    assert stop.value.code == 2 and "densenet169" in capsys.readouterr().err
+    assert classify.main(["--run", str(tmp_path), "--arch", "densenet_small"]) == 1
+    assert len(capsys.readouterr().err.strip().splitlines()) == 3
+    assert classify.main(["--run", str(run.folder), "--arch", "densenet_small", "--filtered"]) == 2
+    assert classify.main(["--run", str(run.folder), "--arch", "densenet_small", "--set", "baseline"]) == 0
+    assert "test" in capsys.readouterr().out
