@@ -146,7 +146,7 @@ def stage_logs(
     logs = [{"notebook": path.stem, **json.loads(path.read_text())} for path in paths]
     return pd.DataFrame(logs, columns=["notebook", "seconds", "peak_mib", "made"])
 
-# %% ../nbs/16_report.ipynb #26f831da
+# %% ../nbs/16_report.ipynb #41994c99
 def markdown_html(
     text: str,  # markdown
 ) -> str:  # HTML
@@ -157,12 +157,13 @@ def markdown_html(
 
 def table_html(
     frame: pd.DataFrame,  # a tidy table
-    limit: int = 24,  # rows shown before the rest is folded away
+    limit: int = 20,  # rows shown before the rest is folded away
 ) -> str:  # HTML
     "A table, its interval in one column and numbers to three digits."
     keys = [c for c in frame if c not in MEASURED]
     shown = frame[keys].map(lambda v: number(v) if isinstance(v, float) else str(v))
-    for column, title in (("value", "ours"), ("n", "n"), ("paper", "paper")):
+    ours = "ours" if pd.api.types.is_numeric_dtype(frame.get("value")) else "value"
+    for column, title in (("value", ours), ("n", "n"), ("paper", "paper")):
         if column in frame and frame[column].notna().any():
             shown[title] = [v if isinstance(v, str) else number(v) for v in frame[column]]
         if column == "value" and {"low", "high"} <= set(frame) and frame["low"].notna().any():
@@ -173,18 +174,20 @@ def table_html(
 
     head, rows = row(shown, "th"), [row(values, "td") for values in shown.itertuples(index=False)]
     first, rest = "".join(rows[:limit]), "".join(rows[limit:])
-    folded = f"<details><summary>{len(rows) - limit} more rows</summary><table>{head}{rest}</table></details>"
-    return f"<table>{head}{first}</table>" + (folded if rest else "")
+    more = f"<details><summary>{len(rows) - limit} more rows</summary>"
+    folded = f'{more}<table class="tidy">{head}{rest}</table></details>'
+    return f'<table class="tidy">{head}{first}</table>' + (folded if rest else "")
 
-# %% ../nbs/16_report.ipynb #6c403a4e
+# %% ../nbs/16_report.ipynb #e0439858
 def label(
     name: str,  # file name such as fig2_samples or table_gan
-) -> str:  # "Fig. 2" or "Table: gan"
+) -> str:  # "Fig. 2", "Table: gan" or "Figure: gan curves"
     "What a reader calls a figure or table."
-    kind = "Fig." if name.startswith("fig") else "Table"
-    if found := re.match(r"(?:fig|table)([A-D]?)(\d)_", name):
-        return f"{kind} {found[1] + '.' if found[1] else ''}{found[2]}"
-    return ("Figure: " if kind == "Fig." else "Table: ") + name.split("_", 1)[-1].replace("_", " ")
+    if found := re.match(r"(fig|table)([A-D]?)(\d)_", name):
+        kind = "Fig." if found[1] == "fig" else "Table"
+        return f"{kind} {found[2] + '.' if found[2] else ''}{found[3]}"
+    kind = "Table: " if name.startswith("table_") else "Figure: "
+    return kind + re.sub("^(fig|table)_", "", name).replace("_", " ")
 
 
 def figure_html(
@@ -192,8 +195,10 @@ def figure_html(
 ) -> str:  # HTML with the picture inside
     "A figure with its caption, embedded."
     alt = html.escape(path.with_suffix(".txt").read_text().strip())
-    data = base64.b64encode(path.read_bytes()).decode()
-    return (f'<figure id="{path.stem}"><img alt="{alt}" src="data:image/png;base64,{data}">'
+    png = path.read_bytes()
+    width = int.from_bytes(png[16:20]) * 96 // 150 or 600
+    data = base64.b64encode(png).decode()
+    return (f'<figure id="{path.stem}"><img alt="{alt}" width="{width}" src="data:image/png;base64,{data}">'
             f"<figcaption><b>{label(path.stem)}.</b> {alt}</figcaption></figure>")
 
 
@@ -205,21 +210,22 @@ def section_html(
     "One stage of the report."
     text = passages(notebook_cells(run.folder / "nbs" / f"{name}.ipynb"))
     figures = [figure_html(run.folder / p) for p in made if p.startswith("figures/") and p.endswith(".png")]
-    frames = {Path(p).stem: pd.read_csv(run.folder / p) for p in made if re.match(r"tables/table.*\.csv", p)}
+    wanted = [p for p in made if re.match(r"tables/table(?!_environment|_stages).*\.csv", p)]
+    frames = {Path(p).stem: pd.read_csv(run.folder / p) for p in wanted}
     tables = [f"<h4>{label(stem)}</h4>{table_html(frame)}" for stem, frame in frames.items()]
     heads = [head for head in ("Against the paper", "Limits") if head in text]
     prose = [f"<h3>{head}</h3>{markdown_html(text[head])}" for head in heads]
     head = f'<section id="{name}"><h2>{html.escape(text["title"])}</h2>{markdown_html(text["promise"])}'
     return "\n".join([head, *figures, *tables, *prose, "</section>"])
 
-# %% ../nbs/16_report.ipynb #20387cc0
+# %% ../nbs/16_report.ipynb #6d8241e7
 STYLE = """body{font:17px/1.55 Georgia,serif;max-width:46rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}
 h1{font-size:1.9rem;line-height:1.2}h4{margin-bottom:.3rem}
 h2{margin-top:3rem;border-top:1px solid #ccc;padding-top:1rem}
 figure{margin:1.5rem 0}img{max-width:100%;height:auto}figcaption{font-size:.85rem;color:#444}
 table{border-collapse:collapse;font:13px/1.4 system-ui,sans-serif;display:block;overflow-x:auto}
-table{margin:.5rem 0 1.2rem}
-th,td{padding:.2rem .7rem .2rem 0;text-align:left;border-bottom:1px solid #ddd;white-space:nowrap}
+table{margin:.5rem 0 1.2rem}.tidy th,.tidy td{white-space:nowrap}
+th,td{padding:.2rem .7rem .2rem 0;text-align:left;border-bottom:1px solid #ddd;vertical-align:top}
 th{border-bottom:1px solid #333}.note{background:#f4f4ef;padding:.6rem 1rem;font-size:.9rem}
 nav{font:14px system-ui,sans-serif;columns:2}nav a{display:block}code{font-size:.85em}
 @media print{body{font-size:11pt}details{display:none}}"""
@@ -246,8 +252,11 @@ def report_html(
     "The report of a run: one page that needs no other file and no network."
     frame = stage_logs(run)
     frame = frame[frame["notebook"].map(lambda name: (run.folder / "nbs" / f"{name}.ipynb").is_file())]
-    sections = [section_html(run, row["notebook"], row["made"]) for _, row in frame.iterrows()]
-    books = {n: notebook_cells(run.folder / "nbs" / f"{n}.ipynb") for n in frame["notebook"]}
+    science = ~frame["notebook"].str.match("00_|16_|17_|18_|index")
+    parts = {name: section_html(run, name, made) for name, made in zip(frame["notebook"], frame["made"])}
+    sections = [parts[name] for name in frame["notebook"][science]]
+    machinery = [parts[name] for name in frame["notebook"][~science]]
+    books = {n: notebook_cells(run.folder / "nbs" / f"{n}.ipynb") for n in frame["notebook"][science]}
     titles = {name: passages(book)["title"] for name, book in books.items()}
     links = [f'<a href="#{name}">{html.escape(title)}</a>' for name, title in titles.items()]
     took = frame[["notebook", "seconds", "peak_mib"]].rename(columns={"peak_mib": "peak memory, MiB"})
@@ -256,10 +265,11 @@ def report_html(
         '<!doctype html><html lang="en"><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width">', f"<title>{TITLE}</title>",
         f"<style>{STYLE}</style>", f"<h1>{TITLE}, executed</h1>", what_this_is(run),
-        "<h2>Ours beside the paper</h2>", table_html(key_numbers(run.folder / "tables")),
-        "<nav>", *links, "</nav>", *sections,
+        "<h2>Ours beside the paper</h2>", table_html(key_numbers(run.folder / "tables"), 40),
+        "<nav>", *links, '<a href="#provenance">What made this</a>', "</nav>", *sections,
         '<section id="provenance"><h2>What made this</h2>', table_html(took), table_html(facts, 40),
         f"<h4>Settings</h4>{table_html(listing(asdict(run.profile), 'setting'), 99)}",
+        "<details><summary>The notebooks of the machinery</summary>", *machinery, "</details>",
         "</section></html>"])
 
 
