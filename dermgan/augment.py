@@ -38,7 +38,7 @@ def plan_images(
     return pd.DataFrame(rows, columns=["image_id", "source_id", "lesion_id", "label", "transformation",
                                        "direction", "layers", "alpha", "source"])
 
-# %% ../nbs/10_augment.ipynb #5c3cb8c2
+# %% ../nbs/10_augment.ipynb #59fea23d
 @torch.no_grad()
 def measure_sources(
     g: Generator,  # in eval mode
@@ -53,7 +53,7 @@ def measure_sources(
     original = lpips.features(to_float(originals))
     inverted = lpips.features(quantised(render(g, ws[places])))
     moved = lpips.features(quantised(render_rows(g, plan, ws, named)))
-    at = torch.from_numpy(np.searchsorted(places, plan.source.to_numpy()))
+    at = torch.tensor(np.searchsorted(places, plan.source.to_numpy()))
     pick = lambda taps: [tap[at] for tap in taps]
     return pd.DataFrame({"lpips": lpips.distance(pick(original), moved), "lpips_last3":
                          lpips.distance(pick(original), moved, "last3"), "lpips_inversion":
@@ -74,9 +74,9 @@ def render_rows(
     named: dict[str, Transformation | None],  # by the paper's names
 ) -> torch.Tensor:  # images in [-1, 1], [len(plan), 3, H, W]
     "Move each row's code along its direction and synthesize."
-    codes = ws[plan.source.to_numpy()].clone()
+    codes = ws[torch.tensor(plan.source.to_numpy())]
     for name, part in plan.reset_index(drop=True).groupby("transformation"):
-        rows, t = torch.from_numpy(part.index.to_numpy()), named[name]
+        rows, t = torch.tensor(part.index.to_numpy()), named[name]
         steps = torch.tensor(part.alpha.to_numpy(), dtype=codes.dtype)
         codes[rows] = move(codes[rows], t.direction, steps, t.layers)
     return render(g, codes.to(g.w_avg.device)).cpu()
@@ -119,7 +119,7 @@ def check_provenance(
                           "Make them again: delete tables/synthetic.csv.")
     return len(frame)
 
-# %% ../nbs/10_augment.ipynb #5ef2c703
+# %% ../nbs/10_augment.ipynb #5bf18c5f
 def made_by(
     run: Run,  # its settings
     g: Generator,  # the run's
@@ -165,7 +165,7 @@ def measure_plan(
             saved = time.monotonic()
     save_atomic(file, state)
     columns = ["lpips", "lpips_last3", "lpips_inversion"]
-    return pd.concat([plan, pd.DataFrame(state["rows"], columns=columns, index=plan.index)], axis=1)
+    return plan.join(pd.DataFrame(state["rows"], columns=columns, index=plan.index, dtype=float))
 
 
 def pack_kept(
@@ -203,7 +203,7 @@ def augment_sources(
     note, file = run.path("ckpt", "synthetic.json"), run.path("tables", "synthetic.csv")
     facts, train = made_by(run, g, sources, ws, named, lpips.name), open_images(run, "train")
     if note.exists() and file.exists() and (done := json.loads(note.read_text()))["made_by"] == facts:
-        return pd.read_csv(file, dtype={"source_id": str, "lesion_id": str}), done["gate"]
+        return pd.read_csv(file, dtype={"source_id": str, "lesion_id": str, "kept": bool}), done["gate"]
     place = {name: i for i, name in enumerate(train.ids)}
     if strangers := [name for name in sources.source_id if name not in place]:
         raise DataRefused(f"{len(strangers)} inverted images are not in train.",
@@ -258,7 +258,7 @@ def set_table(
         rows += [(name, t, int(drawn.get(t, 0)), set_size(run, name, n_train)) for t in NAMES]
     return pd.DataFrame(rows, columns=["set", "transformation", "value", "n"])
 
-# %% ../nbs/10_augment.ipynb #9424c0b9
+# %% ../nbs/10_augment.ipynb #2fc99ed6
 def sheet_rows(
     run: Run,  # with stores
     sources: pd.DataFrame,  # source_id
@@ -323,7 +323,7 @@ def draw_sheet(
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
             if images is not None:
-                ax.imshow(((images[i] + 1) / 2).permute(1, 2, 0).clamp(0, 1))
+                ax.imshow(((images[i] + 1) / 2).permute(1, 2, 0).clamp(0, 1).numpy())
             ax.set_xlabel("" if np.isnan(far[i]) else f"{far[i]:.2f}", fontsize=8, labelpad=1)
             data.append((sources.source_id[rows[i]], title, far[i]))
     for place, ax in zip(places, axes[:, 0]):

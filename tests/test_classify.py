@@ -241,23 +241,30 @@ def finished(run):
     return (file_sha256(folder / "densenet_small-10k-plain-s0.safetensors"), record, {k: arrays[k].tobytes() for k in arrays.files})
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_killed_in_the_middle_of_an_epoch_it_resumes_bit_for_bit(tmp_path, workers):
-    (tmp_path / "child.py").write_text(CHILD)
-    straight, broken = (make_run(tmp_path / name, precision="bf16") for name in ("straight", "broken"))
+def child(folder, run, kill_at, mode, workers):
+    (folder / "child.py").write_text(CHILD)
+    words = [sys.executable, str(folder / "child.py"), str(run.folder), str(kill_at), mode, str(workers)]
+    return subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
 
-    def child(run, kill_at, mode, workers):
-        words = [sys.executable, str(tmp_path / "child.py"), str(run.folder), str(kill_at), mode, str(workers)]
-        return subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
 
-    done = child(straight, -1, "fresh", 0)
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    run = make_run(folder, precision="bf16")
+    done = child(folder, run, -1, "fresh", 0)
     assert done.returncode == 0, done.stderr[-600:]
-    assert child(broken, 3, "fresh", workers).returncode == -signal.SIGKILL
-    second = child(broken, 6, "resumed", workers)
-    assert second.returncode == -signal.SIGKILL, second.stderr[-600:]
-    last = child(broken, -1, "resumed", workers)
+    return finished(run)
+
+
+@pytest.mark.parametrize("workers,kills", [(0, (3, 5)), (2, (4,))])
+def test_killed_in_the_middle_of_an_epoch_it_resumes_bit_for_bit(tmp_path, straight, workers, kills):
+    run = make_run(tmp_path, precision="bf16")
+    for k, kill_at in enumerate(kills):
+        killed = child(tmp_path, run, kill_at, "resumed" if k else "fresh", workers)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr[-600:]
+    last = child(tmp_path, run, -1, "resumed", workers)
     assert last.returncode == 0, last.stderr[-600:]
-    assert finished(straight) == finished(broken)
+    assert finished(run) == straight
 
 
 def test_a_checkpoint_of_other_settings_is_refused_by_the_name_of_the_key(run, tmp_path):

@@ -1,0 +1,224 @@
+"""Synthetic images: where they come from, which are kept, which are drawn."""
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from dermgan import allot, augment
+from dermgan.core import CLASSES, ConfigError, DataMissing, DataRefused, SETS, published, resolve_run, rng
+from dermgan.data import open_images
+from dermgan.factorize import NAMES, Transformation, load_transformations, move, render, save_transformations
+from dermgan.metrics import open_lpips
+from dermgan.store import Images, pack_images, store_facts, to_float, to_uint8
+from dermgan.stylegan2 import Generator
+
+
+def small_generator():
+    torch.manual_seed(3)
+    g = Generator(32, z_dim=8, w_dim=8, channel_base=128, channel_max=8, mapping_layers=2)
+    return g.eval().requires_grad_(False)
+
+
+def make_run(root, inverted=12):
+    "A run with 40 training images, an inverted dozen, and three of the five names."
+    run, g = resolve_run("smoke", 0, {"bootstrap_n": "100"}, root=root), small_generator()
+    codes = torch.randn(40, g.num_ws, 8, generator=rng(0, "codes"))
+    pictures = to_uint8(render(g, codes)).permute(0, 2, 3, 1).numpy()
+    for split in ("train", "val", "holdout", "test"):
+        pack_images(run.path("lmdb", split), list(pictures), [f"{split}{k}" for k in range(40)], [k % 7 for k in range(40)],
+                    [f"{split}-l{k // 2}" for k in range(40)], CLASSES, 32)
+    axes = torch.eye(8, dtype=torch.float64)
+    named = dict.fromkeys(NAMES) | {name: Transformation(name, axes[k], list(range(k, k + 3)), 0.5 + k, k)
+                                    for k, name in enumerate(("SPV", "BCV", "PS"))}
+    save_transformations(run.path("ckpt", "transformations.json"), named)
+    return run, g, pd.DataFrame({"source_id": [f"train{k}" for k in range(inverted)]}), codes[:inverted]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    run, g, sources, ws = make_run(tmp_path_factory.mktemp("augment"))
+    frame, words = augment.augment_sources(run, g, sources, ws)
+    return SimpleNamespace(run=run, g=g, sources=sources, ws=ws, frame=frame, words=words)
+
+
+# --- what is made ---
+
+def test_every_image_knows_where_it_comes_from(made):
+    frame, train = made.frame, open_images(made.run, "train")
+    assert len(frame) == 12 * 3 * 2 and frame.image_id.is_unique and set(frame.transformation) == {"SPV", "BCV", "PS"}
+    assert {"image_id", "source_id", "lesion_id", "label", "transformation", "direction", "alpha", "lpips", "kept"} <= set(frame)
+    at = [train.ids.index(name) for name in frame.source_id]
+    assert frame.lesion_id.tolist() == [train.lesion_ids[i] for i in at] and frame.label.tolist() == train.labels[at].tolist()
+    steps = {"SPV": 0.5, "BCV": 1.5, "PS": 2.5}
+    assert np.allclose(frame.alpha.abs(), frame.transformation.map(steps)) and frame.groupby("source_id").alpha.sum().abs().max() < 1e-9
+
+
+def test_the_store_holds_the_kept_images_as_the_plan_says(made):
+    store, kept = Images(made.run.folder / "lmdb" / "synthetic"), made.frame[made.frame.kept]
+    assert store.ids == kept.image_id.tolist() and store.lesion_ids == kept.lesion_id.tolist() and store.labels.tolist() == kept.label.tolist()
+    named = load_transformations(made.run.folder / "ckpt" / "transformations.json")
+    for i in (0, 7, len(store) - 1):
+        row = kept.iloc[i]
+        t, w = named[row.transformation], made.ws[[made.sources.source_id.tolist().index(row.source_id)]]
+        slow = w.clone()
+        for layer in t.layers:
+            slow[0, layer] += row.alpha * t.direction.float()
+        expected = to_uint8(render(made.g, slow))[0]
+        assert (store.batch([i])[0].int() - expected.int()).abs().max() <= 1
+
+
+def test_the_distances_are_lpips_to_the_photograph_and_to_its_inversion(made):
+    lpips, train = open_lpips(None), open_images(made.run, "train")
+    named = load_transformations(made.run.folder / "ckpt" / "transformations.json")
+    for row in made.frame.iloc[[0, 31, 70]].itertuples():
+        place, t = made.sources.source_id.tolist().index(row.source_id), named[row.transformation]
+        moved = to_float(to_uint8(render(made.g, move(made.ws[[place]], t.direction, row.alpha, t.layers))))
+        photograph = to_float(train.batch([train.ids.index(row.source_id)]))
+        inverted = to_float(to_uint8(render(made.g, made.ws[[place]])))
+        assert row.lpips == pytest.approx(float(lpips(photograph, moved)), rel=1e-3, abs=1e-6)
+        assert row.lpips_last3 == pytest.approx(float(lpips(photograph, moved, "last3")), rel=1e-3, abs=1e-6)
+        assert row.lpips_inversion == pytest.approx(float(lpips(inverted, moved, "last3")), rel=1e-3, abs=1e-6)
+
+
+def test_the_gate_is_the_papers_or_a_quantile_by_name(made):
+    limit = np.quantile(made.frame.lpips_last3, 0.95)
+    assert made.frame.kept.tolist() == (made.frame.lpips_last3 <= limit).tolist() and "LPIPS-random" in made.words
+    assert augment.gate(made.frame.lpips_last3, "LPIPS", made.run)[0] == published()["lpips_max"] == 0.2
+
+
+def test_it_is_made_once_and_again_where_a_step_changed(made, monkeypatch):
+    monkeypatch.setattr(augment, "measure_plan", lambda *_: pytest.fail("measured again"))
+    again, words = augment.augment_sources(made.run, made.g, made.sources, made.ws)
+    assert again.image_id.tolist() == made.frame.image_id.tolist() and words == made.words
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        augment.augment_sources(made.run, made.g, made.sources, made.ws + 1)
+
+
+def test_one_sign_is_drawn_where_every_training_image_is_inverted(tmp_path):
+    run, g, sources, ws = make_run(tmp_path, inverted=40)
+    frame, _ = augment.augment_sources(run, g, sources, ws)
+    assert len(frame) == 40 * 3 and 30 < (frame.alpha > 0).sum() < 90
+
+
+def test_a_killed_making_goes_on_to_the_same_store(tmp_path, monkeypatch):
+    runs = [make_run(tmp_path / name, inverted=40) for name in ("straight", "broken")]
+    augment.augment_sources(*runs[0])
+    real, calls, clock = augment.measure_sources, [], iter(range(0, 10**6, 100))
+
+    def dying(*words):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(augment, "measure_sources", dying)
+        patch.setattr(augment, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+        patch.setattr(augment, "code_key", lambda *_: "same")
+        with pytest.raises(KeyboardInterrupt):
+            augment.augment_sources(*runs[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(augment, "code_key", lambda *_: "same")
+        counted = []
+        patch.setattr(augment, "measure_sources", lambda *words: counted.append(1) or real(*words))
+        augment.augment_sources(*runs[1])
+    assert len(counted) == 1
+    texts = [(run.folder / "tables" / "synthetic.csv").read_bytes() for run, *_ in runs]
+    hashes = [store_facts(run.folder / "lmdb" / "synthetic")["sha256"] for run, *_ in runs]
+    assert texts[0] == texts[1] and hashes[0] == hashes[1]
+
+
+def test_a_generator_without_named_directions_makes_nothing_and_says_so(tmp_path):
+    run, g, sources, ws = make_run(tmp_path)
+    save_transformations(run.path("ckpt", "transformations.json"), dict.fromkeys(NAMES))
+    frame, _ = augment.augment_sources(run, g, sources, ws)
+    assert frame.empty and not (run.folder / "lmdb" / "synthetic").exists()
+    first, again = augment.table1(run, frame, "LPIPS-random"), augment.augment_sources(run, g, sources, ws)[0]
+    assert first.value.isna().all() and (first.reason != "").all() and again.empty
+    assert augment.set_table(run, again).value.eq(0).all() and allot.draw_set(run, "2k", 40) == []
+
+
+# --- provenance ---
+
+@pytest.mark.parametrize("change,word", [({"lesion_id": "holdout-l3"}, "outside train"), ({"lesion_id": "test-l3"}, "outside train"),
+                                         ({"source_id": "val2"}, "outside train"), ({"lesion_id": "nobody's"}, "no source in train"),
+                                         ({"lesion_id": "train-l19"}, "another lesion"), ({"label": 6}, "another lesion")])
+def test_a_planted_foreign_source_is_found(made, change, word):
+    assert augment.check_provenance(made.run, made.frame) == len(made.frame)
+    planted = made.frame.copy()
+    planted.loc[5, list(change)] = list(change.values())
+    with pytest.raises(DataRefused, match=word) as refusal:
+        augment.check_provenance(made.run, planted)
+    assert len(str(refusal.value).splitlines()) == 3
+
+
+def test_an_inverted_holdout_image_never_becomes_a_synthetic_one(tmp_path):
+    run, g, sources, ws = make_run(tmp_path)
+    sources.loc[3, "source_id"] = "holdout3"
+    with pytest.raises(DataRefused, match="not in train"):
+        augment.augment_sources(run, g, sources, ws)
+    assert not (run.folder / "tables" / "synthetic.csv").exists()
+
+
+# --- sets ---
+
+def test_the_sets_have_the_papers_sizes():
+    run = resolve_run("paper", 0, root=__import__("pathlib").Path(__import__("tempfile").mkdtemp()))
+    printed = published()["sets"]["per_transformation"]
+    assert {name: allot.set_size(run, name, 10015) for name in SETS[1:]} == printed
+    assert allot.set_size(run, "2k", 2003) == 80 and allot.set_size(run, "baseline", 10015) == 0
+    with pytest.raises(ConfigError, match="12k"):
+        allot.set_size(run, "12k", 10)
+
+
+def test_draws_are_independent_whole_and_only_of_kept_images():
+    frame = pd.DataFrame([(f"{name}{k}", name, k % 10 > 0) for name in NAMES for k in range(1000)],
+                         columns=["image_id", "transformation", "kept"])
+    kept = set(frame.image_id[frame.kept])
+    draws = {name: allot.draw_from(frame, count, 0, name) for name, count in published()["sets"]["per_transformation"].items()
+             if count <= 900}
+    for name, drawn in draws.items():
+        assert len(drawn) == len(set(drawn)) == 5 * published()["sets"]["per_transformation"][name] and set(drawn) <= kept
+    shared = len(set(draws["2k"]) & set(draws["4k"]))
+    expected = 2000 * 800 / 900
+    assert abs(shared - expected) < 5 * (2000 * 8 / 9 * 1 / 9) ** 0.5 and shared < 2000
+    shuffled = frame.sample(frac=1, random_state=0)
+    assert allot.draw_from(shuffled, 400, 0, "2k") == draws["2k"] != allot.draw_from(frame, 400, 1, "2k")
+    everything = allot.draw_from(frame, 2000, 0, "10k")
+    assert set(everything) == kept and len(everything) == len(kept)
+
+
+def test_a_set_without_synthetic_images_says_how_to_make_them(tmp_path):
+    run = resolve_run("smoke", 0, root=tmp_path)
+    assert allot.draw_set(run, "baseline", 40) == []
+    with pytest.raises(DataMissing, match="10_augment"):
+        allot.draw_set(run, "2k", 40)
+
+
+# --- table and sheet ---
+
+def test_table_1_has_the_papers_numbers_for_the_papers_metric_only(made):
+    random, trained = (augment.table1(made.run, made.frame, name) for name in ("LPIPS-random", "LPIPS"))
+    assert list(random)[:2] == ["transformation", "metric"] and {"lpips", "lpips_last3"} <= set(random.metric)
+    assert random.paper.isna().all()
+    printed = trained[trained.metric == "lpips_last3"].set_index("transformation")
+    assert printed.paper.to_dict() == published()["lpips"] and trained[trained.metric != "lpips_last3"].paper.isna().all()
+    assert printed.value["SV"] != printed.value["SV"] and printed.n["SV"] == 0 and "earned" in printed.reason["SV"]
+    part = made.frame[made.frame.transformation == "BCV"].lpips_last3
+    assert printed.value["BCV"] == pytest.approx(part.mean()) and printed.low["BCV"] <= part.mean() <= printed.high["BCV"]
+
+
+def test_the_sheet_leaves_an_unearned_name_empty(made):
+    rows = augment.sheet_rows(made.run, made.sources, made.frame, 4)
+    train = open_images(made.run, "train")
+    kinds = [int(train.labels[train.ids.index(made.sources.source_id[i])]) for i in rows]
+    assert len(set(kinds)) == 4
+    fig, data = augment.draw_sheet(made.run, made.g, made.sources, made.ws, rows)
+    assert len(fig.axes) == 4 * 7 and data.lpips_last3[data.column == "SV"].isna().all()
+    assert data.lpips_last3[data.column == "PS"].notna().all()
+    texts = [t.get_text() for ax in fig.axes for t in ax.texts]
+    assert len(texts) == 2 and all("not found" in t for t in texts)
