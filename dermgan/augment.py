@@ -258,7 +258,7 @@ def set_table(
         rows += [(name, t, int(drawn.get(t, 0)), set_size(run, name, n_train)) for t in NAMES]
     return pd.DataFrame(rows, columns=["set", "transformation", "value", "n"])
 
-# %% ../nbs/10_augment.ipynb #2fc99ed6
+# %% ../nbs/10_augment.ipynb #c33ca51d
 def sheet_rows(
     run: Run,  # with stores
     sources: pd.DataFrame,  # source_id
@@ -320,11 +320,12 @@ def draw_sheet(
         elif title != "original":
             far = lpips.distance(reference, lpips.features(quantised(images)), "last3").tolist()
         for i, ax in enumerate(column):
-            ax.set(xticks=[], yticks=[])
+            ax.set(xticks=[], yticks=[], box_aspect=1)
             ax.spines[:].set_visible(False)
             if images is not None:
                 ax.imshow(((images[i] + 1) / 2).permute(1, 2, 0).clamp(0, 1).numpy())
-            ax.set_xlabel("" if np.isnan(far[i]) else f"{far[i]:.2f}", fontsize=8, labelpad=1)
+            words = f"{lpips.name}:" if title == "original" and i == m - 1 else ""
+            ax.set_xlabel(words if np.isnan(far[i]) else f"{far[i]:.2g}", fontsize=8, labelpad=1)
             data.append((sources.source_id[rows[i]], title, far[i]))
     for place, ax in zip(places, axes[:, 0]):
         ax.set_ylabel(train.classes[train.labels[place]], fontsize=9)
