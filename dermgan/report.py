@@ -4,7 +4,7 @@
 __all__ = ['MEASURED', 'SUMMARY', 'STYLE', 'TITLE', 'table_rows', 'summary', 'number', 'interval', 'measured', 'key_numbers',
            'set_title', 'summary_text', 'notebook_cells', 'passages', 'stage_logs', 'markdown_html', 'table_html',
            'label', 'figure_html', 'section_html', 'what_this_is', 'report_html', 'listing', 'environment_of',
-           'readme_table']
+           'readme_table', 'benchmark_table']
 
 # %% ../nbs/16_report.ipynb #f770c328
 import base64, html, json, re
@@ -308,3 +308,17 @@ def readme_table(
         shown = [number(row.get("value")) + (f" ({text})" if (text := interval(row)) else "") for row in rows]
         lines.append([name, number(paper), *shown])
     return Markdown("\n".join("| " + " | ".join(line) + " |" for line in lines))
+
+# %% ../nbs/16_report.ipynb #2be012e4
+def benchmark_table(
+    folder: Path | None = None,  # of JSON results; None is benchmarks/results
+) -> "IPython.display.Markdown":  # a table
+    "What the scripts in benchmarks/ measured, each beside its bound."
+    from IPython.display import Markdown
+    folder = folder or resource("settings.ini").parent / "benchmarks" / "results"
+    lines = ["| script's measure | value | unit | bound | on |", "| --- | ---: | --- | ---: | --- |"]
+    for path in sorted(folder.glob("*.json")):
+        r = json.loads(path.read_text())
+        cells = (r["name"], number(r["value"]), r["unit"], number(r.get("bound")), r.get("hardware", ""))
+        lines.append("| " + " | ".join(cells) + " |")
+    return Markdown("\n".join(lines))
