@@ -14,7 +14,7 @@ from .core import (ConfigError, DataMissing, Profile, Run, code_meaning, read_ru
                           write_text)
 from .report import notebook_cells, stage_logs
 
-# %% ../nbs/17_stages.ipynb #66c92802
+# %% ../nbs/17_stages.ipynb #3120252e
 NEEDS = {
     "00_settings": (),
     "00_core": ("00_settings",),
@@ -23,11 +23,13 @@ NEEDS = {
     "01_data": ("00_store", "00_fetch"),
     "02_lesion": ("00_core",),
     "02_phantom": ("01_data", "02_lesion"),
-    "03_metrics": ("02_phantom",),
+    "03_attributes": ("02_phantom",),
+    "03_metrics": ("03_attributes",),
     "04_layers": ("00_core",),
     "04_stylegan2": ("04_layers",),
     "05_gan": ("02_phantom", "03_metrics", "04_stylegan2"),
-    "06_factorize": ("05_gan",),
+    "03_attributes": ("02_phantom",),
+    "06_factorize": ("05_gan", "03_attributes"),
     "07_invert": ("05_gan",),
     "08_hyperstyle": ("07_invert",),
     "09_explore": ("06_factorize", "08_hyperstyle"),
