@@ -269,17 +269,21 @@ def seed_all(
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
 
-# %% ../nbs/00_core.ipynb #ea76cc7f
+# %% ../nbs/00_core.ipynb #f8af92fd
 def code_meaning(
     code: str,  # Python source
 ) -> str:  # its syntax tree as text
-    "What code does: its syntax tree without comments and docstrings."
+    "What code does: its syntax tree without comments, docstrings and types of arguments."
     tree = ast.parse(code)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         first = body[0] if isinstance(body, list) and body else None
         if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
             node.body = body[1:]
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+        if isinstance(node, ast.arg):
+            node.annotation = None
     return ast.dump(tree)
 
 
