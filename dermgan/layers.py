@@ -42,7 +42,7 @@ def activate(
     "Leaky ReLU of slope 0.2 times the square root of 2, which keeps the variance."
     return F.leaky_relu(x, 0.2) * math.sqrt(2)
 
-# %% ../nbs/04_layers.ipynb #18cfe87d
+# %% ../nbs/04_layers.ipynb #6b49627d
 def kernel_gradient(
     mask: tuple[bool, bool],  # which of the gradients: by input, by weight
     x: torch.Tensor,  # input of the convolution, or any tensor of its shape
@@ -52,8 +52,8 @@ def kernel_gradient(
 ) -> torch.Tensor:  # the wanted gradient
     "One gradient of a convolution, from PyTorch's kernel, in the layout of its input."
     stride, padding, transposed, groups = how
-    both = torch.ops.aten.convolution_backward(gy, x, weight, None, stride, padding, (1, 1), transposed, (0, 0),
-                                               groups, (*mask, False))
+    both = torch.ops.aten.convolution_backward(gy, x, weight, None, stride, padding, (1, 1), transposed,
+                                               (0, 0), groups, (*mask, False))
     return both[0] if mask[0] else both[1]
 
 # %% ../nbs/04_layers.ipynb #ac69eb6f
@@ -149,7 +149,7 @@ def convolve(
     "Convolution whose derivatives of every order are fast."
     return Convolution.apply(x, weight, (stride, padding, transposed, groups))
 
-# %% ../nbs/04_layers.ipynb #f6dc0358
+# %% ../nbs/04_layers.ipynb #8c6a366e
 def filter_planes(
     x: torch.Tensor,  # [N, C, H, W]
     padding: int,  # zeros on every side
@@ -166,35 +166,67 @@ class Filter(torch.autograd.Function):
     "`filter_planes` as a linear map, whose gradient is its transpose, to any order."
 
     @staticmethod
-    def forward(x, padding, stride, gain):
+    def forward(
+        x: torch.Tensor,  # [N, C, H, W]
+        padding: int,  # zeros on every side
+        stride: int,  # 2 keeps every second value
+        gain: float,  # of the two-dimensional filter
+    ) -> torch.Tensor:  # filtered
+        "Filter."
         return filter_planes(x, padding, stride, gain)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(
+        ctx,
+        inputs: tuple,  # arguments of `forward`
+        output: torch.Tensor,  # its result
+    ) -> None:
+        "Keep what the transpose needs."
         ctx.args, ctx.px = inputs[1:], inputs[0].shape[2]
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(
+        ctx,
+        gradient: torch.Tensor,  # by the output
+    ) -> tuple:  # one gradient an argument
+        "Filter back."
         return TransposedFilter.apply(gradient, *ctx.args, ctx.px), None, None, None
 
-
+# %% ../nbs/04_layers.ipynb #4cff2bb0
 class TransposedFilter(torch.autograd.Function):
     "The transpose of `Filter`: zeros inserted for the stride, then the same symmetric filter."
 
     @staticmethod
-    def forward(gradient, padding, stride, gain, px):
+    def forward(
+        gradient: torch.Tensor,  # by the output of `Filter`
+        padding: int,  # of `Filter`
+        stride: int,  # of `Filter`
+        gain: float,  # of `Filter`
+        px: int,  # side of its input
+    ) -> torch.Tensor:  # [N, C, px, px]
+        "Insert zeros and filter."
         n, c, h, _ = gradient.shape
         side, last = px - 3 + 2 * padding, (h - 1) * stride + 1
-        spread = torch.empty(n, c, side, side, dtype=gradient.dtype, device=gradient.device, memory_format=torch.channels_last).zero_()
+        spread = torch.empty(n, c, side, side, dtype=gradient.dtype, device=gradient.device,
+                             memory_format=torch.channels_last).zero_()
         spread[:, :, :last:stride, :last:stride] = gradient
         return filter_planes(spread, 3 - padding, 1, gain)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(
+        ctx,
+        inputs: tuple,  # arguments of `forward`
+        output: torch.Tensor,  # its result
+    ) -> None:
+        "Keep what the transpose needs."
         ctx.args = inputs[1:4]
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(
+        ctx,
+        gradient: torch.Tensor,  # by the output
+    ) -> tuple:  # one gradient an argument
+        "Filter."
         return Filter.apply(gradient, *ctx.args), None, None, None, None
 
 # %% ../nbs/04_layers.ipynb #ebc55284
@@ -256,7 +288,7 @@ def modulated_conv(
     "Modulated and demodulated convolution (Karras et al. 2020, eq. 1-3)."
     return scaled_conv(x, weight, style, up) * demodulation(weight, style).to(x.dtype)[:, :, None, None]
 
-# %% ../nbs/04_layers.ipynb #c9d13a39
+# %% ../nbs/04_layers.ipynb #814b89f9
 class StyleConv(nn.Module):
     "Modulated 3x3 convolution with noise, bias and activation."
 
@@ -287,7 +319,8 @@ class StyleConv(nn.Module):
         style = self.affine(w)
         gain = math.sqrt(2)
         d = (demodulation(self.weight, style) * gain).to(x.dtype)[:, :, None, None]
-        x = torch.addcmul((self.bias * gain).to(x.dtype)[:, None, None], scaled_conv(x, self.weight, style, self.up), d)
+        x = torch.addcmul((self.bias * gain).to(x.dtype)[:, None, None],
+                          scaled_conv(x, self.weight, style, self.up), d)
         if noise != "none":
             shape = (len(x), 1, *x.shape[2:])
             plane = self.noise_const if noise == "const" else random_normal(shape, generator, x.device)
@@ -301,7 +334,8 @@ def random_normal(
     device: torch.device,  # where the tensor is wanted
 ) -> torch.Tensor:  # standard normal
     "Normal noise, drawn where its generator lives and moved to the device."
-    return torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
+    return torch.randn(shape, generator=generator,
+                       device=generator.device if generator else device).to(device)
 
 # %% ../nbs/04_layers.ipynb #681522af
 class ToRGB(nn.Module):
@@ -326,7 +360,7 @@ class ToRGB(nn.Module):
         style = self.affine(w) / math.sqrt(self.weight.shape[1])
         return scaled_conv(x, self.weight, style).to(self.bias.dtype) + self.bias[:, None, None]
 
-# %% ../nbs/04_layers.ipynb #7812a157
+# %% ../nbs/04_layers.ipynb #d8e014fd
 class Conv(nn.Module):
     "Convolution with equalised learning rate, optional halving, bias and activation."
 
@@ -355,14 +389,15 @@ class Conv(nn.Module):
             x = downsample(x) if k == 1 else fir(x, padding=2)
         stride, padding = 2 if self.down and k > 1 else 1, 0 if self.down else k // 2
         y = convolve(x, weight, (stride, stride), (padding, padding))
-        return y if self.bias is None else F.leaky_relu(y + (self.bias * scale).to(x.dtype)[:, None, None], 0.2)
+        return y if self.bias is None else F.leaky_relu(
+            y + (self.bias * scale).to(x.dtype)[:, None, None], 0.2)
 
 
 def minibatch_std(
     x: torch.Tensor,  # [N, C, H, W]
     group: int = 4,  # images compared with each other; N must be its multiple, or smaller
 ) -> torch.Tensor:  # [N, C + 1, H, W]
-    "Append the mean standard deviation within each group (Karras et al. 2018). ValueError if N does not divide."
+    "Append the mean deviation within each group (Karras et al. 2018). ValueError if N does not divide."
     n, c, h, w = x.shape
     group = min(group, n)
     if n % group:

@@ -14,7 +14,7 @@ from .core import (ConfigError, DataMissing, Profile, Run, code_meaning, read_ru
                           write_text)
 from .report import notebook_cells, stage_logs
 
-# %% ../nbs/17_stages.ipynb #3120252e
+# %% ../nbs/17_stages.ipynb #88769eaa
 NEEDS = {
     "00_settings": (),
     "00_core": ("00_settings",),
@@ -26,7 +26,8 @@ NEEDS = {
     "03_attributes": ("02_phantom",),
     "03_metrics": ("03_attributes",),
     "04_layers": ("00_core",),
-    "04_stylegan2": ("04_layers",),
+    "04_formats": ("00_core",),
+    "04_stylegan2": ("04_layers", "04_formats"),
     "05_gan": ("02_phantom", "03_metrics", "04_stylegan2"),
     "03_attributes": ("02_phantom",),
     "06_factorize": ("05_gan", "03_attributes"),

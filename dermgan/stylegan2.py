@@ -2,16 +2,20 @@
 
 # %% auto #0
 __all__ = ['normalize_second_moment', 'Mapping', 'channels_at', 'resolutions', 'Block', 'synthesize', 'Synthesis', 'Generator',
-           'DBlock', 'Epilogue', 'Discriminator', 'infer_shape', 'save_generator', 'load_generator']
+           'DBlock', 'Epilogue', 'Discriminator', 'infer_channels', 'infer_shape', 'save_generator', 'fill',
+           'load_generator', 'mean_code', 'make_generator', 'infer_critic', 'load_rosinality', 'save_rosinality',
+           'load_nvlabs']
 
-# %% ../nbs/04_stylegan2.ipynb #e8bedb46
-import math
+# %% ../nbs/04_stylegan2.ipynb #715ef6e0
+import math, warnings
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from .core import DataRefused, load_weights, rng, save_weights
+from .core import load_weights, rng, save_atomic, save_weights
+from .formats import (arrange, read_nvlabs, read_rosinality, refusing, rosinality_critic_names,
+                             rosinality_kernels, rosinality_names)
 from .layers import Conv, Linear, StyleConv, ToRGB, activate, minibatch_std, upsample
 
 # %% ../nbs/04_stylegan2.ipynb #218ba739
@@ -218,7 +222,7 @@ class Epilogue(nn.Module):
         x = self.conv(minibatch_std(x))
         return self.out(activate(self.fc(x.flatten(1))))
 
-# %% ../nbs/04_stylegan2.ipynb #8e5e41b4
+# %% ../nbs/04_stylegan2.ipynb #ecaa9e09
 class Discriminator(nn.Module):
     "StyleGAN2's residual discriminator (Karras et al. 2020): images [N, 3, H, W] to logits [N, 1]."
 
@@ -241,24 +245,32 @@ class Discriminator(nn.Module):
     ) -> torch.Tensor:  # logits, [N, 1]; positive means real
         "Judge images. ValueError for another size."
         if images.shape[1:] != (3, self.px[0], self.px[0]):
-            raise ValueError(f"images are {list(images.shape)}; this discriminator takes [N, 3, {self.px[0]}, {self.px[0]}]")
+            raise ValueError(f"images are {list(images.shape)}; "
+                             f"this discriminator takes [N, 3, {self.px[0]}, {self.px[0]}]")
         x = images.to(self.compute_dtype or images.dtype).contiguous(memory_format=torch.channels_last)
         for px in self.px:
             x = getattr(self, f"b{px}")(x)
         return x
 
-# %% ../nbs/04_stylegan2.ipynb #02087425
+# %% ../nbs/04_stylegan2.ipynb #23772709
+def infer_channels(
+    channels: dict[int, int],  # resolution -> channels
+) -> dict[str, int]:  # channel_base and channel_max
+    "The two numbers that give these channels."
+    top = max(channels.values())
+    below = [c * px for px, c in channels.items() if c < top]
+    return dict(channel_base=max(below) if below else top * max(channels), channel_max=top)
+
+
 def infer_shape(
     state: dict[str, torch.Tensor],  # a generator's tensors
 ) -> dict[str, int]:  # arguments of `Generator`
-    "Read a generator's architecture from its tensors' shapes."
-    px = max(int(key.split(".")[1][1:]) for key in state if key.startswith("synthesis.b"))
+    "Read a generator's architecture from its tensors' shapes. KeyError if a tensor is not there."
+    w_dim, z_dim = state["mapping.fc0.weight"].shape
+    px = max((int(key.split(".")[1][1:]) for key in state if key.startswith("synthesis.b")), default=4)
     channels = {p: state[f"synthesis.b{p}.conv1.weight"].shape[0] for p in resolutions(px)}
     layers = len([key for key in state if key.startswith("mapping.fc") and key.endswith(".weight")])
-    top = max(channels.values())
-    below = [c * p for p, c in channels.items() if c < top]
-    return dict(image_px=px, z_dim=state["mapping.fc0.weight"].shape[1], w_dim=state["mapping.w_avg"].shape[0],
-                channel_base=max(below) if below else top * px, channel_max=top, mapping_layers=layers)
+    return dict(image_px=px, z_dim=z_dim, w_dim=w_dim, mapping_layers=layers) | infer_channels(channels)
 
 
 def save_generator(
@@ -270,16 +282,87 @@ def save_generator(
     "Publish a generator as safetensors with its sha256 beside it."
     return save_weights(path, {key: value.to(dtype) for key, value in g.state_dict().items()}, facts)
 
+# %% ../nbs/04_stylegan2.ipynb #f8a1abae
+def fill(
+    cls: type,  # Generator or Discriminator
+    shape: dict[str, int],  # its arguments
+    state: dict[str, torch.Tensor],  # its tensors
+) -> nn.Module:  # in eval mode, float32
+    "Make a network of given tensors. ValueError if one is not finite, RuntimeError if one does not fit."
+    if bad := [key for key, value in state.items() if not torch.isfinite(value).all()]:
+        raise ValueError(f"{bad[0]} is not finite")
+    with torch.device("meta"):
+        net = cls(**shape)
+    net.load_state_dict({key: value.detach().float().clone() for key, value in state.items()}, assign=True)
+    return net.eval()
+
 
 def load_generator(
     path: Path,  # a published generator.safetensors
 ) -> Generator:  # in eval mode, float32
     "Load a published generator. DataMissing if absent, DataRefused if damaged or no generator."
-    state, _ = load_weights(path)
-    try:
-        g = Generator(**infer_shape(state))
-        g.load_state_dict({key: value.float() for key, value in state.items()})
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise DataRefused(f"{Path(path).name} holds no generator of ours.", str(error).splitlines()[0][:160],
-                          "Convert it with load_rosinality or load_nvlabs, then save_generator.") from error
-    return g.eval().requires_grad_(False)
+    with refusing(path, "Convert it with load_rosinality or load_nvlabs, then save_generator."):
+        state, _ = load_weights(path)
+        return fill(Generator, infer_shape(state), state).requires_grad_(False)
+
+# %% ../nbs/04_stylegan2.ipynb #635747ab
+def mean_code(
+    g: Generator,  # whose w_avg is set
+) -> Generator:  # the same
+    "Set w_avg to the mean of 4096 codes, drawn with seed 0."
+    with torch.no_grad():
+        g.mapping.w_avg.copy_(g.mapping(torch.randn(4096, g.z_dim, generator=rng(0, "w_avg"))).mean(0))
+    return g
+
+
+def make_generator(
+    state: dict[str, torch.Tensor],  # tensors under our names; `mapping.w_avg` may lack
+) -> Generator:  # in eval mode, frozen
+    "Make a generator of given tensors."
+    average = {"mapping.w_avg": torch.zeros(len(state["mapping.fc0.bias"]))}
+    g = fill(Generator, infer_shape(state), average | state).requires_grad_(False)
+    return g if "mapping.w_avg" in state else mean_code(g)
+
+
+def infer_critic(
+    state: dict[str, torch.Tensor],  # a discriminator's tensors
+) -> dict[str, int]:  # arguments of `Discriminator`
+    "Read a discriminator's architecture from its tensors' shapes."
+    px = max(int(key.split(".")[0][1:]) for key in state)
+    channels = {p: state[f"b{p}.conv0.weight"].shape[0] for p in resolutions(px)[1:]}
+    return dict(image_px=px) | infer_channels(channels | {4: state["b4.conv.weight"].shape[0]})
+
+# %% ../nbs/04_stylegan2.ipynb #59106fdf
+def load_rosinality(
+    path: Path,  # a checkpoint (.pt) of rosinality's StyleGAN2, or converted to its layout
+) -> tuple[Generator, Discriminator | None]:  # in eval mode; None where the file holds no discriminator
+    "Load a .pt of rosinality's layout, the average generator if there is one. DataRefused for another file."
+    with refusing(path, "Give a .pt of rosinality's StyleGAN2, trained without labels."):
+        state, critic = read_rosinality(path)
+        d = None if critic is None else fill(Discriminator, infer_critic(critic), critic)
+        return make_generator(state), d
+
+
+def save_rosinality(
+    path: Path,  # ends in .pt
+    g: Generator,  # saved as g_ema
+    d: Discriminator | None = None,  # saved as d
+) -> Path:  # the path
+    "Save in rosinality's layout. Its code wants 512 channels up to 32 px, 16384 m / px above."
+    up, down = rosinality_kernels(len(g.synthesis.px) - 1)
+    names = rosinality_names(g.synthesis.px, g.mapping.layers)
+    state = {"g_ema": arrange(g.state_dict(), names) | up, "latent_avg": g.w_avg.detach().clone()}
+    if d is not None:
+        state["d"] = arrange(d.state_dict(), rosinality_critic_names(d.px[::-1])) | down
+    return save_atomic(path, state)
+
+
+def load_nvlabs(
+    path: Path,  # a network pickle of stylegan2-ada-pytorch, or a StyleGAN2 one of stylegan3
+) -> tuple[Generator, Discriminator]:  # the average generator and the discriminator, in eval mode
+    "Load NVlabs' networks without running the code in their pickle. DataRefused for another file."
+    with refusing(path, "Give a StyleGAN2 network pickle of stylegan2-ada-pytorch, trained without labels."):
+        state, critic, group = read_nvlabs(path)
+        if group != 4:
+            warnings.warn(f"The discriminator compared {group} images, here 4: batches above 4 differ.")
+        return make_generator(state), fill(Discriminator, infer_critic(critic), critic)
