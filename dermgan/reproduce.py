@@ -14,11 +14,12 @@ from .report import summary_text
 from .stages import (MARK, check_parameters, end_with_parent, execute, forget_incomplete, plan,
                             run_cell, run_environment, run_notebook, top)
 
-# %% ../nbs/18_reproduce.ipynb #e5161cb7
+# %% ../nbs/18_reproduce.ipynb #f0ef2940
 def arguments() -> argparse.ArgumentParser:  # of ./reproduce.sh and `dermgan run`
     "The options of a reproduction."
     about = "Run the notebooks in order; figures and tables end in runs/. Also: ./reproduce.sh test | lab"
-    parser = argparse.ArgumentParser("./reproduce.sh", description=about)
+    more = "Also: dermgan fetch NAME --accept-licence (outside files), dermgan readme (README.md)."
+    parser = argparse.ArgumentParser("./reproduce.sh", description=about, epilog=more)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add = parser.add_argument
     add("--profile", default="quick", help=f"{' | '.join(profile_names())} (default: quick)")
@@ -107,7 +108,7 @@ def planned(
     lines = [f"  {Path(output).stem}: {reasons.get(why.split()[0], why)}" for _, output, why in found]
     return "\n".join(lines) or "  nothing: everything is up to date"
 
-# %% ../nbs/18_reproduce.ipynb #10650739
+# %% ../nbs/18_reproduce.ipynb #1bba19df
 def reproduce(
     options: argparse.Namespace,  # see `arguments`
     extra: list[str],  # passed to Snakemake as they are
@@ -127,6 +128,8 @@ def reproduce(
         if options.restart and not options.dry_run:
             restart(run)
         remove_temporaries(run.folder)
+        for stale in run.folder.glob("logs/*.error"):
+            stale.unlink()
         forget_incomplete(run)
         code = snakemake(run, options.cores, until, [*extra, *(["--dry-run"] if options.dry_run else [])])
     log = run.path("logs", "snakemake.log").read_text()
