@@ -9,14 +9,15 @@ import pandas as pd
 import torch
 from scipy import ndimage
 
-# %% ../nbs/03_attributes.ipynb #e8c2a0c9
+# %% ../nbs/03_attributes.ipynb #4a43e681
 def to_lab(
     images: torch.Tensor,  # [N, 3, H, W] in [-1, 1]
 ) -> np.ndarray:  # L in 0..100, a, b, float32 [N, H, W, 3]
     "Convert sRGB to CIE Lab (D65, 2 degrees)."
     rgb = ((images.detach().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).float().cpu().numpy()
     linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
-    to_xyz = np.array([[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]])
+    to_xyz = np.array([[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169],
+                       [0.019334, 0.119193, 0.950227]])
     t = linear @ (to_xyz / np.array([[0.950456], [1.0], [1.088754]])).T.astype(np.float32)
     t = np.where(t > (6 / 29) ** 3, np.cbrt(t), t / (3 * (6 / 29) ** 2) + 4 / 29)
     return np.stack([116 * t[..., 1] - 16, 500 * (t[..., 0] - t[..., 1]), 200 * (t[..., 1] - t[..., 2])], -1)
@@ -72,14 +73,15 @@ def skin_distance(
     away[..., 0] = np.minimum(away[..., 0], 0)
     return np.where(corner, 0, np.linalg.norm(away, axis=-1))
 
-# %% ../nbs/03_attributes.ipynb #0b9c1332
+# %% ../nbs/03_attributes.ipynb #6419e204
 def segment_lesions(
     lab: np.ndarray,  # [N, H, W, 3]
 ) -> np.ndarray:  # lesion pixels, bool [N, H, W]
     "Find the lesion of each image; where nothing stands out, a small disc in the centre."
     distance, px = skin_distance(lab), lab.shape[1]
-    above = distance > 0.9 * otsu(distance)[:, None, None]
-    central, masks = np.exp(-((radius(px) / 0.3) ** 2) / 2), []
+    distance = distance * (1 - 0.7 * np.minimum(1, 2 * radius(px) ** 2))
+    above = distance > 0.6 * otsu(distance)[:, None, None]
+    central, masks = np.exp(-((radius(px) / 0.2) ** 2) / 2), []
     for region in above:
         labels, count = ndimage.label(region)
         if count > 1:
@@ -90,7 +92,7 @@ def segment_lesions(
         masks.append(mask if mask.any() else radius(px) < 0.1)
     return np.array(masks)
 
-# %% ../nbs/03_attributes.ipynb #484969e1
+# %% ../nbs/03_attributes.ipynb #c505d25e
 def shape_of(
     masks: np.ndarray,  # lesion pixels, bool [N, H, W], none empty
 ) -> pd.DataFrame:  # one row an image
@@ -103,8 +105,9 @@ def shape_of(
     spread = np.sqrt((xx - yy) ** 2 + 4 * xy**2)
     long, short = xx + yy + spread, xx + yy - spread + 1e-9
     padded = np.pad(masks, ((0, 0), (1, 1), (1, 1)))
-    edges = (padded[:, 1:] != padded[:, :-1]).sum((1, 2)) + (padded[:, :, 1:] != padded[:, :, :-1]).sum((1, 2))
-    return pd.DataFrame({"area": size / px**2, "x": x, "y": y, "eccentricity": np.sqrt(np.clip(1 - short / long, 0, 1)),
+    edges = sum(np.diff(padded, axis=axis).sum((1, 2)) for axis in (1, 2))
+    return pd.DataFrame({"area": size / px**2, "x": x, "y": y,
+                         "eccentricity": np.sqrt(np.clip(1 - short / long, 0, 1)),
                          "orientation": np.degrees(np.arctan2(2 * xy, xx - yy)) / 2,
                          "border": (edges * np.pi / 4) ** 2 / (4 * np.pi * size)})
 
@@ -130,10 +133,11 @@ def lesion_attributes(
     masks = segment_lesions(lab)
     frame = shape_of(masks)
     frame["asymmetry"] = [asymmetry(m, x, y) for m, x, y in zip(masks, frame.x, frame.y)]
-    margin = max(1, round(lab.shape[1] / 32))
+    margin = max(1, round(lab.shape[1] / 10))
     corner = (lab[..., 0] < 22) & (radius(lab.shape[1]) > 0.42)
     skins = [~ndimage.binary_dilation(mask, iterations=margin) & ~dark for mask, dark in zip(masks, corner)]
-    skin = np.array([np.median(image[s if s.any() else ~m if (~m).any() else m], 0) for image, s, m in zip(lab, skins, masks)])
+    chosen = [s if s.any() else ~m if (~m).any() else m for s, m in zip(skins, masks)]
+    skin = np.array([np.median(image[where], 0) for image, where in zip(lab, chosen)])
     lesion = np.array([image[mask].mean(0) for image, mask in zip(lab, masks)])
     for k, channel in enumerate("Lab"):
         frame[f"skin_{channel}"], frame[f"lesion_{channel}"] = skin[:, k], lesion[:, k]
