@@ -12,7 +12,7 @@ import torch
 
 from .core import DataMissing, DataRefused
 
-# %% ../nbs/04_formats.ipynb #c2e5b6cf
+# %% ../nbs/04_formats.ipynb #6ca06b78
 @contextlib.contextmanager
 def refusing(
     path: Path,  # an outside file
@@ -26,8 +26,10 @@ def refusing(
     except (DataMissing, DataRefused):
         raise
     except Exception as error:
-        reason = "it lacks " * isinstance(error, KeyError) + " ".join(str(error).split())
-        reason = reason.split("WeightsUnpickler error: ")[-1][:160]
+        reason = "it lacks " * isinstance(error, KeyError) + (str(error) or type(error).__name__)
+        for advice in ("trusted source.", "WeightsUnpickler error:"):
+            reason = reason.split(advice)[-1].strip()
+        reason = " ".join(reason.split("\n\n")[0].split(" Please use ")[0].split())[:160]
         raise DataRefused(f"{Path(path).name} is not used.", reason, fix) from error
 
 # %% ../nbs/04_formats.ipynb #170318db
@@ -137,7 +139,7 @@ def rosinality_kernels(
             for k in range(blocks) for part in ("conv2", "skip")}
     return up, down
 
-# %% ../nbs/04_formats.ipynb #8231b41f
+# %% ../nbs/04_formats.ipynb #2c74fef4
 class Sealed:
     "A value in an outside pickle that nothing here needs: neither made nor opened."
 
@@ -167,7 +169,8 @@ class OutsidePickle(pickle.Unpickler):
             "torch._utils._rebuild_parameter": lambda value, *_: value, "numpy.dtype": Sealed,
             "numpy.ndarray": Sealed}
         for core in ("numpy.core", "numpy._core"):
-            allowed |= {f"{core}.multiarray.scalar": Sealed, f"{core}.multiarray._reconstruct": Sealed}
+            allowed |= dict.fromkeys((f"{core}.multiarray.scalar", f"{core}.multiarray._reconstruct",
+                                      f"{core}.numeric._frombuffer"), Sealed)
         if f"{module}.{name}" not in allowed:
             raise pickle.UnpicklingError(f"it wants to call {module}.{name}, which is not on the list")
         return allowed[f"{module}.{name}"]

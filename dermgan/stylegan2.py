@@ -282,13 +282,15 @@ def save_generator(
     "Publish a generator as safetensors with its sha256 beside it."
     return save_weights(path, {key: value.to(dtype) for key, value in g.state_dict().items()}, facts)
 
-# %% ../nbs/04_stylegan2.ipynb #f8a1abae
+# %% ../nbs/04_stylegan2.ipynb #cc5ce858
 def fill(
     cls: type,  # Generator or Discriminator
     shape: dict[str, int],  # its arguments
     state: dict[str, torch.Tensor],  # its tensors
 ) -> nn.Module:  # in eval mode, float32
     "Make a network of given tensors. ValueError if one is not finite, RuntimeError if one does not fit."
+    if bad := [k for k, v in state.items() if v.numel() * v.element_size() > v.untyped_storage().nbytes()]:
+        raise ValueError(f"{bad[0]} is larger than its bytes")
     if bad := [key for key, value in state.items() if not torch.isfinite(value).all()]:
         raise ValueError(f"{bad[0]} is not finite")
     with torch.device("meta"):
