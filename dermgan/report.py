@@ -15,7 +15,7 @@ import pandas as pd
 
 from .core import Run, git_state, published, resource
 
-# %% ../nbs/16_report.ipynb #aaa147a7
+# %% ../nbs/16_report.ipynb #4d547e08
 MEASURED = ("value", "low", "high", "n", "paper")
 SUMMARY = {"table_gan": "GAN", "table_inversion": "Inversion", "table1_lpips": "Table 1, LPIPS",
            "table2_balanced_accuracy": "Table 2, balanced accuracy", "table3_auc": "Table 3, AUC"}
@@ -27,7 +27,8 @@ def table_rows(
 ) -> pd.DataFrame:  # where, what, value, low, high, n, paper
     "A tidy table as rows that can stand below those of another table."
     keys = [c for c in frame if c not in MEASURED and frame[c].map(str).str.len().max() < 40]
-    what = frame[keys].astype(str).agg(", ".join, axis=1) if keys else pd.Series([""] * len(frame))
+    words = [", ".join(str(v) for v in row if pd.notna(v)) for row in frame[keys].itertuples(index=False)]
+    what = pd.Series(words, frame.index, str)
     rows = frame.reindex(columns=list(MEASURED)).apply(pd.to_numeric, errors="coerce")
     return pd.concat([pd.Series(where, index=frame.index, name="where"), what.rename("what"), rows], axis=1)
 
