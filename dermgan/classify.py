@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'IMAGENET', 'build', 'load_imagenet', 'weights_file', 'balanced_accuracy', 'should_stop', 'Fit',
-           'train_step', 'predict', 'pick_precision', 'begin', 'cell_name', 'open_pool', 'load_cell', 'made_by',
-           'save_fit', 'resume', 'train_epoch', 'scores', 'end_epoch', 'finish', 'read_cell', 'train_cell', 'main']
+           'learning_rate', 'train_step', 'predict', 'pick_precision', 'begin', 'cell_name', 'open_pool', 'load_cell',
+           'made_by', 'save_fit', 'resume', 'train_epoch', 'end_epoch', 'finish', 'read_cell', 'train_cell', 'main']
 
-# %% ../nbs/11_classify.ipynb #fe13e9bc
+# %% ../nbs/11_classify.ipynb #a8bdefb1
 import argparse, json, math, re, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np, torch
 from torch import nn
 from torch.nn import functional as F
 
-from .core import (ConfigError, DataMissing, DataRefused, DermganError, NotFinite, Run, SETS,
+from .core import (ConfigError, DataMissing, DataRefused, DermganError, NotFinite, Profile, Run, SETS,
                           check_made_by, code_key, file_sha256, import_torchvision, load_state, load_weights,
                           named_seed, progress, read_run, rng, save_atomic, save_weights, short_key,
                           write_atomic, write_text)
@@ -112,7 +112,7 @@ def should_stop(
     "Early stopping: the best score is `patience` epochs old. An equal score is no improvement."
     return bool(scores) and len(scores) - 1 - int(np.argmax(scores)) >= patience
 
-# %% ../nbs/11_classify.ipynb #719dcf2f
+# %% ../nbs/11_classify.ipynb #13b1ea00
 @dataclass
 class Fit:
     "Everything that training changes."
@@ -123,8 +123,16 @@ class Fit:
     epoch: int = 0
     step: int = 0
     loss: float = 0.0
-    history: list = field(default_factory=list)
+    history: dict = field(default_factory=lambda: {"epoch": [], "loss": [], "balanced_accuracy": []})
     best: dict = field(default_factory=dict)
+
+
+def learning_rate(
+    p: Profile,  # its cls_lr, and cls_pretrained
+    share: float,  # of cls_epochs that is over, 0 to 1
+) -> float:  # for the next step
+    "The printed constant rate with ImageNet weights; from scratch it falls to zero along a cosine."
+    return p.cls_lr * (1 if p.cls_pretrained == "imagenet" else (1 + math.cos(math.pi * share)) / 2)
 
 
 def train_step(
@@ -246,7 +254,7 @@ def load_cell(
     model.load_state_dict({key: v.float() if v.is_floating_point() else v for key, v in tensors.items()})
     return model.eval()
 
-# %% ../nbs/11_classify.ipynb #80b340c6
+# %% ../nbs/11_classify.ipynb #b7c23f5c
 def made_by(
     run: Run,  # settings and seed
     cell: dict,  # arch, set, filtered, seed
@@ -258,7 +266,7 @@ def made_by(
     stores = ("train", "val") + (("synthetic",) if synthetic else ())
     images = {f"{name} images": store_facts(run.folder / "lmdb" / name)["sha256"][:16] for name in stores}
     code = code_key(build, load_imagenet, oversample, batches, augment, standardise, train_step, begin,
-                    train_epoch)
+                    learning_rate, train_epoch)
     drawn = {"drawn": short_key(synthetic), "run seed": run.seed, "code": code}
     return json.loads(json.dumps(cell | {k: p[k] for k in keys} | images | drawn))
 
@@ -295,7 +303,7 @@ def resume(
         setattr(fit, key, state[key])
     return fit, {key: state[key] for key in ("made_by", "step_seconds")}
 
-# %% ../nbs/11_classify.ipynb #a3599c42
+# %% ../nbs/11_classify.ipynb #68210646
 def train_epoch(
     run: Run,  # settings
     fit: Fit,  # changed in place; begins at its `step`
@@ -312,6 +320,8 @@ def train_epoch(
     loader = torch.utils.data.DataLoader(pool, batch_sampler=order[fit.step:], num_workers=workers,
                                          generator=rng(seed, "workers", fit.epoch))
     for images, answers in loader:
+        share = (fit.epoch + fit.step / len(order)) / run.profile.cls_epochs
+        fit.optimizer.param_groups[0]["lr"] = learning_rate(run.profile, share)
         fit.loss += train_step(fit, images, answers, run.profile.cls_cutout, seed) / len(order)
         fit.step += 1
         if bar is not None:
@@ -322,26 +332,20 @@ def train_epoch(
     return fit.loss
 
 
-def scores(
-    fit: Fit,  # with a line of history for each finished epoch
-) -> list[float]:  # validation balanced accuracy of each
-    "The validation score of each finished epoch."
-    return [line["balanced_accuracy"] for line in fit.history]
-
-
 def end_epoch(
     fit: Fit,  # changed in place
     val: Images,  # lesions that training never sees
-) -> dict:  # the epoch's line of history
+) -> float:  # balanced accuracy on the validation images
     "Measure on the validation images, keep the best weights, move to the next epoch."
     score = balanced_accuracy(val.labels, predict(fit.model, val).argmax(1))
-    if score > max(scores(fit), default=-1):
+    if score > max(fit.history["balanced_accuracy"], default=-1):
         fit.best = {key: value.detach().cpu().clone() for key, value in fit.model.state_dict().items()}
-    fit.history = fit.history + [{"epoch": fit.epoch, "loss": fit.loss, "balanced_accuracy": score}]
+    for key, value in (("epoch", fit.epoch), ("loss", fit.loss), ("balanced_accuracy", score)):
+        fit.history[key].append(value)
     fit.epoch, fit.step, fit.loss = fit.epoch + 1, 0, 0.0
-    return fit.history[-1]
+    return score
 
-# %% ../nbs/11_classify.ipynb #b8d5c1a1
+# %% ../nbs/11_classify.ipynb #d1f1ed31
 def finish(
     run: Run,  # where to write
     name: str,  # from `cell_name`
@@ -359,7 +363,7 @@ def finish(
                    f"{split}_ids": np.array(images.ids), f"{split}_lesion_ids": np.array(images.lesion_ids)}
         record[split] = balanced_accuracy(images.labels, chances.argmax(1))
     facts = facts | {"name": name, "classes": list(images.classes), "precision": fit.precision,
-                     "history": fit.history, "best_epoch": int(np.argmax(scores(fit))),
+                     "history": fit.history, "best_epoch": int(np.argmax(fit.history["balanced_accuracy"])),
                      "stopped_early": fit.epoch < p.cls_epochs, "n_train": len(open_images(run, "train")),
                      "n_synthetic": len(synthetic), "synthetic": synthetic, "balanced_accuracy": record}
     shape = {"arch": facts["made_by"]["arch"], "classes": facts["classes"], "dropout": p.cls_dropout,
@@ -380,7 +384,7 @@ def read_cell(
     file = run.folder / "ckpt" / "classify" / f"{name}.json"
     return json.loads(file.read_text()) if file.is_file() else None
 
-# %% ../nbs/11_classify.ipynb #9bcca150
+# %% ../nbs/11_classify.ipynb #1526adf8
 def train_cell(
     run: Run,  # with packed stores; SA sets need 10_augment
     arch: str,  # a key of SHAPES
@@ -403,15 +407,14 @@ def train_cell(
     workers = (4 if p.image_px > 128 else 0) if workers is None else workers
     seen = fit.epoch * len(labels) + fit.step * p.cls_batch
     bar = progress(total=p.cls_epochs * len(labels), what=name, unit="images", initial=seen)
-    while fit.epoch < p.cls_epochs and not should_stop(scores(fit), p.cls_patience):
-        train_epoch(run, fit, pool, labels, own, save, save_s, workers, bar)
-        line = end_epoch(fit, val)
-        bar.set_postfix_str(f"loss {line['loss']:.3f}, validation {line['balanced_accuracy']:.3f}")
+    while fit.epoch < p.cls_epochs and not should_stop(fit.history["balanced_accuracy"], p.cls_patience):
+        loss = train_epoch(run, fit, pool, labels, own, save, save_s, workers, bar)
+        bar.set_postfix_str(f"loss {loss:.3f}, validation {end_epoch(fit, val):.3f}")
         save()
     bar.close()
     return finish(run, name, fit, facts, synthetic)
 
-# %% ../nbs/11_classify.ipynb #dae43dce
+# %% ../nbs/11_classify.ipynb #e5a30a67
 def main(
     words: list[str] | None = None,  # command-line words; None takes the process's
 ) -> int:  # exit status
@@ -422,11 +425,9 @@ def main(
     parser.add_argument("--set", default="baseline", choices=SETS)
     parser.add_argument("--seed", type=int, default=0, help="which of cls_seeds")
     parser.add_argument("--filtered", action="store_true", help="drop what the plain model misclassifies")
-    parser.add_argument("--workers", type=int, help="processes that read images ahead")
     given = parser.parse_args(words)
     try:
-        record = train_cell(read_run(given.run), given.arch, given.set, given.filtered, given.seed,
-                            workers=given.workers)
+        record = train_cell(read_run(given.run), given.arch, given.set, given.filtered, given.seed)
     except DermganError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1

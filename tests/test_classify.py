@@ -151,7 +151,7 @@ def test_training_stops_after_exactly_patience_epochs(tmp_path, monkeypatch):
     monkeypatch.setattr(classify, "balanced_accuracy", lambda *_: next(given, 0.0))
     monkeypatch.setattr(classify, "train_step", lambda *_: 1.0)
     record = classify.train_cell(run, "densenet_small")
-    assert len(record["history"]) == 5 and record["best_epoch"] == 1 and record["stopped_early"]
+    assert len(record["history"]["loss"]) == 5 and record["best_epoch"] == 1 and record["stopped_early"]
 
 
 # --- a cell ---
