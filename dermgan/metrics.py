@@ -98,7 +98,7 @@ def precision_recall_density_coverage(
     return {"precision": float((count > 0).double().mean()), "recall": any_of(recalled),
             "density": float(count.mean() / k), "coverage": any_of(covered)}
 
-# %% ../nbs/03_metrics.ipynb #008f5ada
+# %% ../nbs/03_metrics.ipynb #53a774b3
 TRUNKS = {"alexnet": ("alexnet_features.safetensors", "alexnet-owt-7be5be79.pth"),
           "squeezenet1_1": ("squeezenet1_1_features.safetensors", "squeezenet1_1-b8a52dc0.pth"),
           "inception": ("pt_inception-2015-12-05-6726825d.pth",)}
@@ -142,7 +142,8 @@ def fill_random(
             if parameter.ndim == 1:
                 parameter.zero_()
                 continue
-            parameter.copy_(torch.randn(parameter.shape, generator=draw) * math.sqrt(2 / parameter[0].numel()))
+            spread = math.sqrt(2 / parameter[0].numel())
+            parameter.copy_(torch.randn(parameter.shape, generator=draw) * spread)
     return net
 
 # %% ../nbs/03_metrics.ipynb #08e2ffcf
@@ -224,7 +225,7 @@ def resize(
     size = [round(length * goal / side) for length in images.shape[2:]]
     return F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
 
-# %% ../nbs/03_metrics.ipynb #fdfb830d
+# %% ../nbs/03_metrics.ipynb #aa2e34d8
 KINDS = {"inception": ("FID", "2048-d pool3 of the 2015 Inception"),
          "alexnet": ("FD-alex", "256-d mean of relu5 of AlexNet"),
          "squeezenet1_1": ("FD-squeeze", "512-d mean of SqueezeNet 1.1's last layer"),
@@ -256,10 +257,10 @@ def open_extractor(
     if name == "FID":
         net = build_inception(load_state(trunk_file(weights, "inception")))
         return Extractor(name, net, says, (299, 299), imagenet=False)
-    with torch.random.fork_rng(devices=[]):
-        models = import_torchvision().models
-        build, last = (models.squeezenet1_1, 13) if name == "FD-squeeze" else (models.alexnet, 12)
-        net = build(weights=None).features[:last]
+    models = import_torchvision().models
+    build, last = (models.squeezenet1_1, 13) if name == "FD-squeeze" else (models.alexnet, 12)
+    with torch.device("meta"):
+        net = build(weights=None).features[:last].to_empty(device="cpu")
     if name == "FD-random":
         fill_random(net, "alexnet")
     else:
