@@ -44,7 +44,7 @@ def summary(
     frame = pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=columns)
     return frame[frame["paper"].notna()] if only_paper else frame
 
-# %% ../nbs/16_report.ipynb #611603fa
+# %% ../nbs/16_report.ipynb #90c85015
 def number(
     value: float | None,  # a measured number; NaN and None are empty
 ) -> str:  # three significant digits
@@ -81,9 +81,15 @@ def key_numbers(
     printed = next(r for r in paper["balanced_accuracy"] if r["architecture"] == "densenet169")
     gan, lpips = measured(tables, "table_gan"), measured(tables, "table1_lpips")
     rows += [(f"GAN: {row['what']}", *row[list(MEASURED)]) for _, row in table_rows(gan, "").iterrows()]
+    for _, row in measured(tables, "table_inversion").iterrows():
+        if row["metric"] == "l2" and row["method"].startswith("projector"):
+            rows.append((f"inversion, L2: {row['method']}", *row[list(MEASURED[:4])],
+                         paper["inversion"]["hyperstyle_l2"]))
     if len(lpips := lpips[lpips["metric"] == "lpips_last3"] if len(lpips) else lpips):
-        rows.append((f"LPIPS, last three layers, mean of {len(lpips)} transformations", lpips["value"].mean(),
-                     None, None, lpips["n"].sum(), sum(paper["lpips"].values()) / 5))
+        printed_mean = lpips["paper"].mean()
+        name = "LPIPS-random" if pd.isna(printed_mean) else "LPIPS"
+        rows.append((f"{name} of {', '.join(lpips['transformation'])}, last three layers, mean",
+                     lpips["value"].mean(), None, None, lpips["n"].sum(), printed_mean))
     for _, row in measured(tables, "table2_balanced_accuracy").iterrows():
         own = row["architecture"] in ("chance", "colour_histogram")
         name = row["architecture"] if own else set_title(row["set"])
@@ -114,7 +120,7 @@ def summary_text(
         values = f"{number(row['value']):>8}  {interval(row):>16}  {number(row['paper']):>6}"
         lines.append(f"{row['what'][:55]:56}{values}")
     ours = f"{run.profile.dataset}, {run.profile.image_px} px"
-    where = f"The paper's numbers are of HAM10000 at 512 px and, where trained, DenseNet169. Ours: {ours}."
+    where = f"The paper: HAM10000, 512 px, HyperStyle (L2), DenseNet169. Ours: {ours}."
     report = "report.html" if (run.folder / "report.html").is_file() else ""
     return "\n".join([*([*lines, where] if len(frame) else []), f"Report: runs/{run.folder.name}/{report}"])
 
