@@ -279,7 +279,7 @@ def table3(
             rows.append((title, label, arch, split, *numbers, 0 if cell.reason else counts[k], paper, why))
     return pd.DataFrame(rows, columns=["set", "class", "architecture", *COLUMNS[3:-2], "reason"])
 
-# %% ../nbs/12_results.ipynb #51eafa37
+# %% ../nbs/12_results.ipynb #7a125b5d
 def recall_frame(
     run: Run,  # with finished cells
 ) -> pd.DataFrame:  # set, class, eval, value, low, high, n
@@ -300,7 +300,7 @@ def draw_recall(
     "Fig. 5: bars of recall by class, lightest for the baseline."
     import matplotlib.pyplot as plt
     splits, classes, sets = (list(frame[c].unique()) for c in ("eval", "class", "set"))
-    fig, axes = plt.subplots(len(splits), 1, figsize=(7, 0.5 + 2.2 * len(splits)), squeeze=False, sharex=True)
+    fig, axes = plt.subplots(len(splits), 1, figsize=(7, 0.5 + 1.9 * len(splits)), squeeze=False, sharex=True)
     hatches, width = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo"), 0.84 / len(sets)
     for ax, split in zip(axes[:, 0], splits):
         for j, title in enumerate(sets):
@@ -344,7 +344,7 @@ def draw_confusion(
     "Fig. 6: confusion matrices, rows normalised, counts printed."
     import matplotlib.pyplot as plt
     splits, sets, classes = (list(frame[c].unique()) for c in ("eval", "set", "true"))
-    size = (0.8 + 3.1 * len(sets), 0.4 + 2.9 * len(splits))
+    size = (0.8 + 2.8 * len(sets), 0.4 + 2.6 * len(splits))
     fig, axes = plt.subplots(len(splits), len(sets), figsize=size, squeeze=False)
     for (i, split), (j, title) in product(enumerate(splits), enumerate(sets)):
         part, ax, k = frame[(frame["eval"] == split) & (frame.set == title)], axes[i, j], len(classes)
