@@ -225,7 +225,7 @@ def section_html(
     head = f'<section id="{name}"><h2>{html.escape(text["title"])}</h2>{markdown_html(text["promise"])}'
     return "\n".join([head, *figures, *tables, *prose, "</section>"])
 
-# %% ../nbs/16_report.ipynb #6d8241e7
+# %% ../nbs/16_report.ipynb #b8c9093a
 STYLE = """body{font:17px/1.55 Georgia,serif;max-width:46rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}
 h1{font-size:1.9rem;line-height:1.2}h4{margin-bottom:.3rem}
 h2{margin-top:3rem;border-top:1px solid #ccc;padding-top:1rem}
@@ -267,11 +267,12 @@ def report_html(
     titles = {name: passages(book)["title"] for name, book in books.items()}
     links = [f'<a href="#{name}">{html.escape(title)}</a>' for name, title in titles.items()]
     took = frame[["notebook", "seconds", "peak_mib"]].rename(columns={"peak_mib": "peak memory, MiB"})
+    pipeline = [figure_html(path) for path in run.folder.glob("figures/fig1_pipeline.png")]
     facts = listing(environment_of(run) | git_state(), "part")
     return "\n".join([
         '<!doctype html><html lang="en"><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width">', f"<title>{TITLE}</title>",
-        f"<style>{STYLE}</style>", f"<h1>{TITLE}, executed</h1>", what_this_is(run),
+        f"<style>{STYLE}</style>", f"<h1>{TITLE}, executed</h1>", what_this_is(run), *pipeline,
         "<h2>Ours beside the paper</h2>", table_html(key_numbers(run.folder / "tables"), 40),
         "<nav>", *links, '<a href="#provenance">What made this</a>', "</nav>", *sections,
         '<section id="provenance"><h2>What made this</h2>', table_html(took), table_html(facts, 40),

@@ -14,7 +14,7 @@ from .core import (ConfigError, DataMissing, Profile, Run, code_meaning, read_ru
                           write_text)
 from .report import notebook_cells, stage_logs
 
-# %% ../nbs/17_stages.ipynb #88769eaa
+# %% ../nbs/17_stages.ipynb #c942a9b5
 NEEDS = {
     "00_settings": (),
     "00_core": ("00_settings",),
@@ -41,11 +41,11 @@ NEEDS = {
     "13_lrp": ("12_results",),
     "14_crp": ("13_lrp",),
     "15_pcx": ("14_crp",),
-    "16_report": ("12_results", "15_pcx"),
+    "index": ("12_results", "15_pcx"),
+    "16_report": ("index",),
     "16_publish": ("16_report",),
     "17_stages": ("16_publish",),
     "18_reproduce": ("17_stages",),
-    "index": ("16_report",),
 }
 
 
