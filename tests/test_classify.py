@@ -294,3 +294,11 @@ def test_the_command_says_what_is_allowed(run, tmp_path, capsys):
     assert classify.main(["--run", str(run.folder), "--arch", "densenet_small", "--filtered"]) == 2
     assert classify.main(["--run", str(run.folder), "--arch", "densenet_small", "--set", "baseline"]) == 0
     assert "test" in capsys.readouterr().out
+
+
+def test_balanced_accuracy_is_scikit_learns():
+    from sklearn.metrics import balanced_accuracy_score
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        labels, guess = (torch.randint(0, 4, (60,), generator=draw) for _ in range(2))
+        assert abs(classify.balanced_accuracy(labels, guess) - balanced_accuracy_score(labels, guess)) < 1e-12
