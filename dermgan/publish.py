@@ -112,7 +112,7 @@ def clean_outputs(
             output["execution_count"] = None
     return kept
 
-# %% ../nbs/16_publish.ipynb #80081498
+# %% ../nbs/16_publish.ipynb #0a31b463
 def promote(
     run: Run,  # a finished run
     top: Path,  # the repository
@@ -126,6 +126,8 @@ def promote(
     if ((run.published or run.folder / "ckpt") / "generator.safetensors").is_file():
         publish_generator(run, folder)
     left = copy_outputs(run, top / "nbs") if run.profile.name == "quick" else []
+    if run.profile.name == "quick":
+        write_readme(top)
     write_text(folder / "PROVENANCE.json", json.dumps(provenance(run, folder), indent=1) + "\n")
     lines = [f"Left as it was: {line}" for line in left]
     return "\n".join([f"Promoted to figures/{run.profile.name}/.", *lines])
