@@ -73,7 +73,7 @@ StyleGAN2, {p.image_px} px, EMA weights in half precision ({size_mib:.1f} MiB), 
   artefacts of two clinics. A generator may reproduce training images.
 """
 
-# %% ../nbs/16_publish.ipynb #097c32b3
+# %% ../nbs/16_publish.ipynb #d99b9878
 def copy_outputs(
     run: Run,  # a finished run
     nbs: Path,  # the notebooks of the repository
@@ -113,14 +113,17 @@ def lighter(
 ) -> list[dict]:  # the same, pictures as JPEG
     "Pictures at a lower quality, for a notebook that would be too large; the run keeps them as they are."
     from PIL import Image
-    kept = [o | {"data": dict(o.get("data", {})), "metadata": dict(o.get("metadata", {}))} if "data" in o else o
-            for o in outputs]
+    kept = json.loads(json.dumps(outputs))
     for output in kept:
         for kind in [k for k in ("image/png", "image/jpeg") if k in output.get("data", {})]:
-            picture = Image.open(io.BytesIO(base64.b64decode("".join(output["data"].pop(kind)))))
+            before = "".join(output["data"][kind]).rstrip()
+            picture = Image.open(io.BytesIO(base64.b64decode(before)))
             picture.convert("RGB").save(buffer := io.BytesIO(), "JPEG", quality=quality)
-            output["data"]["image/jpeg"] = base64.b64encode(buffer.getvalue()).decode()
-            output["metadata"]["image/jpeg"] = output["metadata"].pop(kind, {})
+            after = base64.b64encode(buffer.getvalue()).decode()
+            if len(after) < len(before):
+                del output["data"][kind]
+                output["data"]["image/jpeg"] = after
+                output["metadata"]["image/jpeg"] = output["metadata"].pop(kind, {})
     return kept
 
 
