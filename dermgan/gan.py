@@ -6,7 +6,7 @@ __all__ = ['GAN_KEYS', 'FREE_KEYS', 'batch_indices', 'flip_and_crop', 'generator
            'train_discriminator', 'update_average', 'train_step', 'pick_precision', 'made_by', 'pack', 'unpack',
            'require_finite', 'sample', 'sheet', 'tick', 'log', 'resume', 'train_gan', 'open_generator']
 
-# %% ../nbs/05_gan.ipynb #379917a5
+# %% ../nbs/05_gan.ipynb #fa71fdcd
 import copy, json, math, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,8 @@ import torch
 from torch.nn import functional as F
 
 from . import layers
-from .core import (NotFinite, Profile, Run, check_made_by, code_key, load_state, progress, rng, save_atomic,
-                          write_atomic, write_text)
+from .core import (DataMissing, NotFinite, Profile, Run, check_made_by, code_key, load_state, progress, rng,
+                          save_atomic, write_atomic, write_text)
 from .data import Images, open_images, to_float
 from .metrics import features, frechet_distance, open_extractor
 from .stylegan2 import (Block, DBlock, Discriminator, Epilogue, Generator, Mapping, Synthesis, load_generator,
@@ -361,7 +361,7 @@ def tick(
     save_atomic(run.path("ckpt", "gan.pt"), pack(t, facts))
     return distance
 
-# %% ../nbs/05_gan.ipynb #7eaf14aa
+# %% ../nbs/05_gan.ipynb #7c4c3df7
 def log(
     run: Run,  # its stats.jsonl
     entry: dict | None,  # appended as a line; None drops what lies after `step`
@@ -429,4 +429,8 @@ def open_generator(
     run: Run,  # its own generator, or the published one that --from names
 ) -> Generator:  # in eval mode, float32
     "Load the run's generator. DataMissing if there is none yet."
-    return load_generator((run.published or run.path("ckpt")) / "generator.safetensors")
+    file = (run.published or run.path("ckpt")) / "generator.safetensors"
+    if not file.is_file():
+        raise DataMissing("This run has no generator yet.", f"{file.name} is made by 05_gan.",
+                          f"Run: ./reproduce.sh --profile {run.profile.name} --until 05_gan")
+    return load_generator(file)
