@@ -269,7 +269,7 @@ def seed_all(
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
 
-# %% ../nbs/00_core.ipynb #f8af92fd
+# %% ../nbs/00_core.ipynb #26201026
 def code_meaning(
     code: str,  # Python source
 ) -> str:  # its syntax tree as text
@@ -305,7 +305,7 @@ def check_made_by(
     if keys:
         changes = "; ".join(f"{k}: {stored.get(k)} then, {current.get(k)} now" for k in keys)
         raise RunMismatch(f"{what} was made with another {', '.join(keys)}.", changes,
-                          "Undo the change, or begin again with: ./reproduce.sh --restart")
+                          "Undo the change, or make it again: ./reproduce.sh --restart NOTEBOOK")
 
 # %% ../nbs/00_core.ipynb #e28fe0c1
 COLORS = dict(zip(CLASSES, ("#D55E00", "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#56B4E9", "#000000")))

@@ -239,6 +239,28 @@ def test_restart_begins_again_and_keeps_the_settings(toy):
     assert [p.name for p in run.folder.iterdir()] == ["profile.json"]
 
 
+def test_restart_from_a_notebook_keeps_what_stands_before_it(toy):
+    run = command.resolve_run("smoke", 6, root=toy / "runs")
+    made = {"05_gan": "ckpt/gan.pt", "07_invert": "ckpt/inversions.pt", "12_results": "tables/table2.csv"}
+    for name, file in made.items():
+        run.path(*file.split("/")).touch()
+        run.path("nbs", f"{name}.ipynb").touch()
+        run.path("logs", f"{name}.made").write_text(f"{run.folder / file}\n")
+    run.path("ckpt", "inversions.pt.prev").touch()
+    command.restart(run, "07_invert")
+    left = {str(p.relative_to(run.folder)) for p in run.folder.rglob("*") if p.is_file()}
+    assert left == {"profile.json", "ckpt/gan.pt", "nbs/05_gan.ipynb", "logs/05_gan.made"}
+
+
+@pytest.mark.parametrize("words, again", [
+    (["--restart"], "./reproduce.sh"), (["--restart", "05_gan", "--seed", "1"], "./reproduce.sh --seed 1"),
+    (["--restart=gan", "--until", "gan"], "./reproduce.sh --until gan"), (["--seed", "1", "--restart"], "./reproduce.sh --seed 1")])
+def test_the_command_to_go_on_does_not_restart_again(monkeypatch, capsys, words, again):
+    monkeypatch.setattr(command, "reproduce", lambda options, extra: 1)
+    assert command.run_command(words) == 1
+    assert capsys.readouterr().err.strip().endswith(f"go on with: {again}")
+
+
 def test_promotion_copies_outputs_only_where_the_code_is_the_same(toy):
     run, nbs = command.resolve_run("quick", root=toy / "runs"), toy / "promoted"
     nbs.mkdir()
