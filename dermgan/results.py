@@ -279,7 +279,7 @@ def table3(
             rows.append((title, label, arch, split, *numbers, 0 if cell.reason else counts[k], paper, why))
     return pd.DataFrame(rows, columns=["set", "class", "architecture", *COLUMNS[3:-2], "reason"])
 
-# %% ../nbs/12_results.ipynb #7a125b5d
+# %% ../nbs/12_results.ipynb #5e5d34ef
 def recall_frame(
     run: Run,  # with finished cells
 ) -> pd.DataFrame:  # set, class, eval, value, low, high, n
@@ -300,7 +300,7 @@ def draw_recall(
     "Fig. 5: bars of recall by class, lightest for the baseline."
     import matplotlib.pyplot as plt
     splits, classes, sets = (list(frame[c].unique()) for c in ("eval", "class", "set"))
-    fig, axes = plt.subplots(len(splits), 1, figsize=(7, 0.5 + 1.9 * len(splits)), squeeze=False, sharex=True)
+    fig, axes = plt.subplots(len(splits), 1, figsize=(7, 0.5 + 1.9 * len(splits)), squeeze=False)
     hatches, width = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo"), 0.84 / len(sets)
     for ax, split in zip(axes[:, 0], splits):
         for j, title in enumerate(sets):
@@ -310,11 +310,11 @@ def draw_recall(
             for at, row in zip(x, part.itertuples()):
                 ax.bar(at, row.value, width * 0.92, color=COLORS.get(row[2], "0.4"), alpha=tint,
                        hatch=hatches[j % 7], edgecolor="white", linewidth=0.5)
+            ax.vlines(x, part.low, part.high, color="white", lw=2.4)
             ax.vlines(x, part.low, part.high, color="0.15", lw=1)
         counts = frame[(frame["eval"] == split) & (frame.set == sets[0])].n
         ax.set(xticks=range(len(classes)), ylabel=f"recall, {split}", ylim=(0, 1))
         ax.set_xticklabels([f"{name}\nn = {n}" for name, n in zip(classes, counts)])
-        ax.tick_params(labelbottom=True)
     swatch = [plt.Rectangle((0, 0), 1, 1, facecolor="0.2", edgecolor="white", hatch=hatches[j % 7],
                             alpha=0.35 + 0.65 * j / max(1, len(sets) - 1)) for j in range(len(sets))]
     fig.legend(swatch, sets, ncol=len(sets), loc="outside upper center")

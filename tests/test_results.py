@@ -177,3 +177,10 @@ def test_the_colour_baseline_sees_colours_and_the_figures_hold_their_data(tmp_pa
     again = pd.read_csv(pd.io.common.StringIO(recall.to_csv(index=False)))
     heights = [p.get_height() for p in results.draw_recall(again).axes[0].patches]
     assert np.allclose(heights, [p.get_height() for p in bars.axes[0].patches])
+
+
+def test_each_row_of_figure_5_states_its_own_number_of_images():
+    rows = [("baseline", c, split, 0.5, 0.4, 0.6, n) for split, n in (("holdout", 23), ("test", 7)) for c in ("MEL", "NV")]
+    frame = pd.DataFrame(rows, columns=["set", "class", "eval", "value", "low", "high", "n"])
+    labels = [[t.get_text() for t in ax.get_xticklabels()] for ax in results.draw_recall(frame).axes]
+    assert labels == [["MEL\nn = 23", "NV\nn = 23"], ["MEL\nn = 7", "NV\nn = 7"]]
