@@ -112,9 +112,11 @@ def test_order_staleness_and_missing_files(toy, reproduce):
 
 
 def start(toy: Path, *words: str) -> subprocess.Popen:
+    "Begin a run that hears Ctrl-C, also where the tests themselves were put in the background and do not."
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TOP / "tests" / "offline"), str(toy)])}
     return subprocess.Popen([sys.executable, "-m", "dermgan.reproduce", *words], cwd=toy, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def wait_for_step(run: Path, step: int) -> None:
