@@ -344,3 +344,20 @@ def test_the_wheel_carries_settings_and_data_and_imports_fast_things_only(tmp_pa
     ran = subprocess.run([sys.executable, "-c", probe], cwd=tmp_path, capture_output=True, text=True,
                          env=os.environ | {"PYTHONPATH": str(tmp_path / "site")})
     assert ran.returncode == 0 and ran.stdout.strip() == "0.1.0", ran.stderr
+
+
+def test_promoting_a_run_that_started_from_published_weights_keeps_them(toy):
+    from dataclasses import replace
+    import torch
+    from dermgan.core import load_weights, save_weights
+    folder = toy / "figures" / "smoke"
+    folder.mkdir(parents=True)
+    save_weights(folder / "generator.safetensors", {"w": torch.arange(4.0)}, {})
+    run = replace(command.resolve_run("smoke", 7, root=toy / "runs"), published=folder)
+    run.path("tables", "table_gan.csv").write_text("metric,value\n")
+    save_weights(run.path("ckpt", "encoder.safetensors"), {"e": torch.ones(2)}, {})
+    publish.promote(run, toy)
+    names = sorted(p.name for p in folder.iterdir() if not p.name.endswith(".sha256"))
+    assert names == ["MODEL_CARD.md", "PROVENANCE.json", "encoder.safetensors", "generator.safetensors", "table_gan.csv"]
+    assert load_weights(folder / "generator.safetensors")[0]["w"].tolist() == [0, 1, 2, 3]
+    assert [p.name for p in folder.parent.iterdir()] == ["smoke"]
