@@ -142,14 +142,14 @@ def clean_outputs(
             output["execution_count"] = None
     return kept
 
-# %% ../nbs/16_publish.ipynb #68fb8658
+# %% ../nbs/16_publish.ipynb #97ae1c47
 def promote(
     run: Run,  # a finished run
     top: Path,  # the repository
 ) -> str:  # lines for a reader
     "Copy figures, tables and weights to figures/<profile>/ with PROVENANCE.json."
     folder = top / "figures" / run.profile.name
-    fresh = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    fresh, state = folder.with_name(f".{folder.name}.tmp-{os.getpid()}"), git_state()
     fresh.mkdir(parents=True)
     try:
         for path in sorted([*run.folder.glob("figures/[!.]*"), *run.folder.glob("tables/[!.]*")]):
@@ -162,7 +162,7 @@ def promote(
     left = copy_outputs(run, top / "nbs") if run.profile.name == "quick" else []
     if run.profile.name == "quick":
         write_readme(top)
-    write_text(folder / "PROVENANCE.json", json.dumps(provenance(run, folder), indent=1) + "\n")
+    write_text(folder / "PROVENANCE.json", json.dumps(provenance(run, folder) | state, indent=1) + "\n")
     lines = [f"Left as it was: {line}" for line in left]
     return "\n".join([f"Promoted to figures/{run.profile.name}/.", *lines])
 
