@@ -11,7 +11,7 @@ run = read_run(Path.cwd())
 stages = plan()
 grid = cells(run.profile) if "11_classify" in stages else []
 cell_file = "ckpt/classify/{0}-{1}-plain-s{2}.json"
-# On one thread a narrow GAN steps faster than on two (18 against 26 ms an image at base 1024), and leaves the rest to others.
+# A narrow GAN steps faster on one thread than on two (benchmarks/gan_threads.py), and leaves the other core to other stages.
 whole_machine = {"07_invert", "08_hyperstyle"} | ({"05_gan"} if run.profile.channel_base >= 2048 else set())
 
 
