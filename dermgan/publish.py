@@ -12,7 +12,7 @@ from pathlib import Path
 from .core import DataRefused, Run, file_sha256, git_state, load_weights, save_weights, write_text
 from .report import environment_of, notebook_cells, stage_logs
 
-# %% ../nbs/16_publish.ipynb #605f5ff9
+# %% ../nbs/16_publish.ipynb #c2823fb4
 def provenance(
     run: Run,  # the run
     folder: Path,  # the published files
@@ -33,12 +33,9 @@ def publish_weights(
     folder: Path,  # where they go
     limit_mib: float = 16,  # largest file that a repository should carry
 ) -> None:
-    "Copy the generator and what was trained for it in half precision, with a card. DataRefused if large."
-    for name in ("generator", "encoder", "hyperstyle"):
-        places = [place / f"{name}.safetensors" for place in (run.published, run.folder / "ckpt") if place]
-        source = next((path for path in places if path.is_file()), None)
-        if source is None:
-            continue
+    "Copy the weights that the run keeps, in half precision, with a card. DataRefused where one is too large."
+    places = [place for place in (run.folder / "ckpt", run.published) if place]
+    for source in {path.name: path for place in places for path in sorted(place.glob("*.safetensors"))}.values():
         tensors, facts = load_weights(source)
         half = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
         size = sum(v.numel() * v.element_size() for v in half.values()) / 2**20
@@ -46,7 +43,7 @@ def publish_weights(
             raise DataRefused(f"{source.name} has {size:.0f} MiB in half precision.",
                               f"The limit is {limit_mib:g} MiB.", "Publish it elsewhere, or make it smaller.")
         save_weights(folder / source.name, half, facts)
-        if name == "generator":
+        if source.name == "generator.safetensors":
             write_text(folder / "MODEL_CARD.md", model_card(run, size))
 
 
@@ -62,6 +59,7 @@ def model_card(
         "folder": ("a folder of images of the person who ran it", "that of those images; ask before sharing"),
     }[run.profile.dataset]
     p = run.profile
+    given = "" if p.dataset == "phantom" else " --data DIR"
     return f"""# Generator of profile `{p.name}`
 
 StyleGAN2, {p.image_px} px, EMA weights in half precision ({size_mib:.1f} MiB), seed {run.seed}.
@@ -71,7 +69,7 @@ StyleGAN2, {p.image_px} px, EMA weights in half precision ({size_mib:.1f} MiB), 
 - **Training**: {p.gan_kimg:g} thousand images of the `{p.gan_split}` part, batch {p.gan_batch}.
   Settings, commit and hardware: `PROVENANCE.json`. Distances to real images: `table_gan.csv`.
 - **Load**: `dermgan.stylegan2.load_generator("generator.safetensors")`, or go on from here with
-  `./reproduce.sh --profile {p.name} --from figures/{p.name}`.
+  `./reproduce.sh --profile {p.name} --from figures/{p.name}{given}`.
 - **Use**: research on data augmentation and explanation. **Not a medical device.** Do not diagnose with it,
   and do not present its pictures as patients'.
 - **Limits**: it repeats the biases of its data. HAM10000 is mostly light skin and mostly naevi, with the
@@ -142,19 +140,20 @@ def clean_outputs(
             output["execution_count"] = None
     return kept
 
-# %% ../nbs/16_publish.ipynb #97ae1c47
+# %% ../nbs/16_publish.ipynb #67f175ef
 def promote(
     run: Run,  # a finished run
     top: Path,  # the repository
 ) -> str:  # lines for a reader
     "Copy figures, tables and weights to figures/<profile>/ with PROVENANCE.json."
     folder = top / "figures" / run.profile.name
-    fresh, state = folder.with_name(f".{folder.name}.tmp-{os.getpid()}"), git_state()
+    fresh = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     fresh.mkdir(parents=True)
     try:
         for path in sorted([*run.folder.glob("figures/[!.]*"), *run.folder.glob("tables/[!.]*")]):
             shutil.copyfile(path, fresh / path.name)
         publish_weights(run, fresh)
+        write_text(fresh / "PROVENANCE.json", json.dumps(provenance(run, fresh), indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         fresh.rename(folder)
     finally:
@@ -162,7 +161,6 @@ def promote(
     left = copy_outputs(run, top / "nbs") if run.profile.name == "quick" else []
     if run.profile.name == "quick":
         write_readme(top)
-    write_text(folder / "PROVENANCE.json", json.dumps(provenance(run, folder) | state, indent=1) + "\n")
     lines = [f"Left as it was: {line}" for line in left]
     return "\n".join([f"Promoted to figures/{run.profile.name}/.", *lines])
 
