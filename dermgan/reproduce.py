@@ -14,7 +14,7 @@ from .report import summary_text
 from .stages import (MARK, check_parameters, end_with_parent, execute, forget_incomplete, made_files, plan,
                             run_cell, run_environment, run_notebook, top)
 
-# %% ../nbs/18_reproduce.ipynb #64f75e3d
+# %% ../nbs/18_reproduce.ipynb #f2504642
 def arguments() -> argparse.ArgumentParser:  # of ./reproduce.sh and `dermgan run`
     "The options of a reproduction."
     about = "Run the notebooks in order; figures and tables end in runs/. Also: ./reproduce.sh test | lab"
@@ -30,7 +30,7 @@ def arguments() -> argparse.ArgumentParser:  # of ./reproduce.sh and `dermgan ru
     add("--until", metavar="NOTEBOOK", help="stop after this notebook, such as 05_gan")
     add("--cores", type=int, default=cores, metavar="N", help="cores to use (default: all)")
     add("--dry-run", action="store_true", help="say what would run, and run nothing")
-    add("--promote", action="store_true", help="then copy figures, tables and generator to figures/PROFILE/")
+    add("--promote", action="store_true", help="then copy figures, tables and weights to figures/PROFILE/")
     add("--from", dest="published", metavar="DIR", help="start from weights published in figures/PROFILE/")
     add("--restart", nargs="?", const="all", metavar="NOTEBOOK",
         help="throw away what this run has made, from this notebook on (default: all), and make it again")
@@ -57,10 +57,10 @@ def stage_name(
     found = [n for n in names if text.removesuffix(".ipynb") in (n, n.split("_")[0], n.split("_")[-1])]
     if len(found) != 1:
         raise ConfigError(f"{text} is not one notebook.", f"Allowed: {', '.join(names)}.",
-                          "Example: --until 05_gan")
+                          "Example: 05_gan")
     return found[0]
 
-# %% ../nbs/18_reproduce.ipynb #87befe6a
+# %% ../nbs/18_reproduce.ipynb #e49ce2f3
 def waiting_for(
     stage: str,  # a notebook
 ) -> set[str]:  # it, and every notebook that waits for it
@@ -82,8 +82,8 @@ def restart(
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         return
     names = waiting_for(stage)
-    if names & {"02_phantom", "10_augment", "11_classify"}:
-        names |= {path.stem for path in run.folder.glob("logs/classify-*.made")}
+    trained = [path.stem for path in run.folder.glob("logs/classify-*.made")]
+    names |= {t for t in trained if names & {"11_classify", "02_phantom" if "-baseline-" in t else "10_augment"}}
     for name in names:
         for made in made_files(run, run.path("logs", f"{name}.made")):
             for path in run.path(made).parent.glob(f"{Path(made).name}*"):
