@@ -14,8 +14,7 @@ TIMED = {"fig_stages.csv", "fig_stages.png", "table_stages.csv", "table_environm
 
 
 def run_smoke(folder: Path) -> Path:
-    "The run's folder in a copy of the repository of its own."
-    copy_of_everything(folder)
+    "The run's folder in a copy of the repository."
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder / "tests" / "offline"), str(folder)])}
     for name in ("DERMGAN_RUN", "DERMGAN_DATA", "DERMGAN_WEIGHTS"):
         env.pop(name, None)
@@ -37,7 +36,7 @@ def same(a: Path, b: Path) -> bool:
 
 @pytest.mark.twice
 def test_two_fresh_runs_are_equal(tmp_path):
-    first, second = (run_smoke(tmp_path / name) for name in ("first", "second"))
+    first, second = map(run_smoke, [copy_of_everything(tmp_path / name) for name in ("first", "second")])
     made = sorted(p.relative_to(first) for place in ("figures", "tables") for p in (first / place).iterdir()
                   if p.name not in TIMED)
     assert len(made) > 40
