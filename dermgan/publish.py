@@ -12,7 +12,7 @@ from pathlib import Path
 from .core import DataRefused, Run, file_sha256, git_state, load_weights, save_weights, write_text
 from .report import environment_of, notebook_cells, stage_logs
 
-# %% ../nbs/16_publish.ipynb #c2823fb4
+# %% ../nbs/16_publish.ipynb #581e9937
 def provenance(
     run: Run,  # the run
     folder: Path,  # the published files
@@ -35,7 +35,8 @@ def publish_weights(
 ) -> None:
     "Copy the weights that the run keeps, in half precision, with a card. DataRefused where one is too large."
     places = [place for place in (run.folder / "ckpt", run.published) if place]
-    for source in {path.name: path for place in places for path in sorted(place.glob("*.safetensors"))}.values():
+    kept = {path.name: path for place in places for path in sorted(place.glob("*.safetensors"))}
+    for source in kept.values():
         tensors, facts = load_weights(source)
         half = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
         size = sum(v.numel() * v.element_size() for v in half.values()) / 2**20

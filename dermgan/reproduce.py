@@ -60,7 +60,7 @@ def stage_name(
                           "Example: 05_gan")
     return found[0]
 
-# %% ../nbs/18_reproduce.ipynb #e49ce2f3
+# %% ../nbs/18_reproduce.ipynb #13793cf3
 def waiting_for(
     stage: str,  # a notebook
 ) -> set[str]:  # it, and every notebook that waits for it
@@ -82,8 +82,9 @@ def restart(
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         return
     names = waiting_for(stage)
-    trained = [path.stem for path in run.folder.glob("logs/classify-*.made")]
-    names |= {t for t in trained if names & {"11_classify", "02_phantom" if "-baseline-" in t else "10_augment"}}
+    for path in run.folder.glob("logs/classify-*.made"):
+        if names & {"11_classify", "02_phantom" if "-baseline-" in path.stem else "10_augment"}:
+            names.add(path.stem)
     for name in names:
         for made in made_files(run, run.path("logs", f"{name}.made")):
             for path in run.path(made).parent.glob(f"{Path(made).name}*"):

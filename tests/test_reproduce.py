@@ -254,6 +254,17 @@ def test_restart_from_a_notebook_keeps_what_stands_before_it(toy):
     assert left == {"profile.json", "ckpt/gan.pt", "nbs/05_gan.ipynb", "logs/05_gan.made"}
 
 
+@pytest.mark.parametrize("stage, left", [("10_augment", {"classify-a-baseline-s0"}), ("11_classify", set()), ("02_phantom", set()),
+                                         ("12_results", {"classify-a-baseline-s0", "classify-a-2k-s0"})])
+def test_restart_keeps_the_classifiers_that_do_not_wait(stage, left, tmp_path):
+    run = command.resolve_run("smoke", 8, root=tmp_path)
+    for name in ("classify-a-baseline-s0", "classify-a-2k-s0"):
+        run.path("ckpt", f"{name}.json").touch()
+        run.path("logs", f"{name}.made").write_text(f"{run.folder}/ckpt/{name}.json\n")
+    command.restart(run, stage)
+    assert {p.stem for p in run.folder.glob("ckpt/classify-*.json")} == left
+
+
 @pytest.mark.parametrize("words, again", [
     (["--restart"], "./reproduce.sh"), (["--restart", "05_gan", "--seed", "1"], "./reproduce.sh --seed 1"),
     (["--restart=gan", "--until", "gan"], "./reproduce.sh --until gan"), (["--seed", "1", "--restart"], "./reproduce.sh --seed 1")])
