@@ -251,7 +251,7 @@ def synthesize_tuned(
         image = rgb if block.first else upsample(image) + rgb
     return image
 
-# %% ../nbs/08_hypernet.ipynb #e975b54b
+# %% ../nbs/08_hypernet.ipynb #57789bb0
 def refinements(
     hyper: HyperNet,  # the hypernetwork
     g: Generator,  # without gradients for its weights
@@ -286,10 +286,15 @@ def render_tuned(
     codes: torch.Tensor,  # summed codes, [N, L, c + 1]
     batch_images: int = 16,  # images at a time
 ) -> torch.Tensor:  # images in [-1, 1], [N, 3, H, W], float32
-    "Draw images from codes and summed codes, without gradients, clamped to the range of an image."
+    "Draw images without gradients, clamped to the range of an image; a batch of zero offsets is the plain one."
+    images = []
     with torch.no_grad():
-        parts = zip(ws.split(batch_images), codes.split(batch_images))
-        return torch.cat([draw_tuned(hyper, g, w, z).float().clamp(-1, 1) for w, z in parts])
+        for w, z in zip(ws.split(batch_images), codes.split(batch_images)):
+            offsets = hyper.offsets(z, g.synthesis.compute_dtype)
+            tuned = any(offset.any() for offset in offsets.values())
+            drawn = synthesize_tuned(g.synthesis, w, offsets) if tuned else g.synthesis(w, "const")
+            images.append(drawn.float().clamp(-1, 1))
+    return torch.cat(images) if images else ws.new_zeros(0, 3, g.image_px, g.image_px)
 
 
 def refine(

@@ -6,7 +6,7 @@ __all__ = ['Losses', 'target_features', 'reconstruction_loss', 'Refining', 'Froz
            'convolution_precision', 'freeze', 'hyper_tick', 'require_finite_loss', 'resume_hyper', 'train_hyperstyle',
            'publish_hyper', 'open_hyperstyle', 'load_hyperstyle']
 
-# %% ../nbs/08_hyperstyle.ipynb #0b06f7d5
+# %% ../nbs/08_hyperstyle.ipynb #2d985453
 import json, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,7 @@ from torch.nn import functional as F
 from .core import (ConfigError, DataMissing, DataRefused, NotFinite, Profile, Run, check_made_by, code_key,
                           load_state, load_weights, progress, rng, save_atomic, save_weights, write_text)
 from .data import Images, open_images, to_float
-from .encode import open_encoder
-from .factorize import generator_key
+from .encode import decoder_key, open_encoder
 from .gan import batch_indices, flip_and_crop, open_generator
 from .hypernet import (Affine, Basic, HyperNet, Offsets, draw_tuned, head, refinements,
                               synthesize_tuned, trunk, tuned_conv, tuned_layer, tuned_layers)
@@ -136,7 +135,7 @@ def hyper_steps(
     "How many steps the training takes."
     return max(1, round(p.hyper_kimg * 1000 / p.hyper_batch))
 
-# %% ../nbs/08_hyperstyle.ipynb #2093df42
+# %% ../nbs/08_hyperstyle.ipynb #7ece44df
 def hyper_made_by(
     run: Run,  # settings and seed
     nets: Frozen,  # their weights count
@@ -154,8 +153,8 @@ def net_keys(
     g: Generator,  # any
     encoder: nn.Module,  # any
 ) -> dict[str, str]:  # their digests
-    "Digests of the weights of a generator and an encoder."
-    return {"generator": generator_key(g), "encoder": generator_key(encoder)}
+    "Digests of the weights of a generator and an encoder in half precision, as published ones are."
+    return {"generator": decoder_key(g), "encoder": decoder_key(encoder)}
 
 
 def pack_hyper(
@@ -279,7 +278,7 @@ def train_hyperstyle(
     bar.close()
     return publish_hyper(run, t.hyper, nets)
 
-# %% ../nbs/08_hyperstyle.ipynb #4d5f8c0f
+# %% ../nbs/08_hyperstyle.ipynb #e5bd5725
 def publish_hyper(
     run: Run,  # where to write
     hyper: HyperNet,  # trained
@@ -288,7 +287,7 @@ def publish_hyper(
     "Write ckpt/hyperstyle.safetensors, unless it is there already with the same content."
     p, file = run.profile, run.path("ckpt", "hyperstyle.safetensors")
     facts = net_keys(nets.g, nets.encoder) | {"shape": hyper.shape, "passes": p.hyper_passes,
-                                              "start": p.hyper_start, "weights": generator_key(hyper)}
+                                              "start": p.hyper_start, "weights": decoder_key(hyper)}
     if not file.is_file() or load_weights(file)[1] != facts:
         save_weights(file, hyper.state_dict(), facts)
     return open_hyperstyle(run)
@@ -298,9 +297,11 @@ def open_hyperstyle(
     run: Run,  # its own hypernetwork, or the published one that --from names
 ) -> HyperNet:  # in eval mode, without gradients
     "Load the run's hypernetwork. DataMissing if there is none, RunMismatch if made for another generator."
-    file = (run.published or run.path("ckpt")) / "hyperstyle.safetensors"
-    if not file.is_file():
-        raise DataMissing("This run has no hypernetwork yet.", f"{file.name} is made by 08_hyperstyle.",
+    files = [folder / "hyperstyle.safetensors" for folder in (run.published, run.path("ckpt")) if folder]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise DataMissing("This run has no hypernetwork yet.",
+                          "hyperstyle.safetensors is made by 08_hyperstyle.",
                           f"Run: ./reproduce.sh --profile {run.profile.name} --until 08_hyperstyle")
     return load_hyperstyle(file, open_generator(run), open_encoder(run))
 
