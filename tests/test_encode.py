@@ -16,12 +16,12 @@ from torch.nn import functional as F
 
 from dermgan import core, encode, trunk
 from dermgan.core import DataMissing, DataRefused, NotFinite, RunMismatch, load_state, load_weights, read_profile, resolve_run, rng, save_weights
-from dermgan.encode import (Critic, active_offsets, begin_fit, code_loss, decoder_key, delta_penalty, exchange, fit_step, last_quarter_gain,
+from dermgan.encode import (active_offsets, begin_fit, code_loss, decoder_key, delta_penalty, exchange, fit_step, last_quarter_gain,
                             open_encoder, open_features, reconstruct, train_critic, train_encoder, weigh)
 from dermgan.factorize import draw_codes, render
 from dermgan.phantom import pack_phantom
 from dermgan.stylegan2 import Generator, save_generator
-from dermgan.trunk import Encoder, Heads, check_images, trunk_strides
+from dermgan.trunk import Critic, Encoder, Heads, check_images, trunk_strides
 
 
 def generator(dtype=torch.float32):
@@ -82,6 +82,7 @@ def up_by_hand(x, side):
 
 
 def encoder_by_hand(images, s, shape):
+    s = {k.removeprefix("pyramid."): v for k, v in s.items()}
     px = min(shape["image_px"], 256)
     x = images.unflatten(2, (px, -1)).unflatten(4, (px, -1)).mean((3, 5))
     x = prelu(norm(F.conv2d(x, s["stem.0.weight"], padding=1), s, "stem.1"), s["stem.2.weight"])
@@ -128,7 +129,7 @@ def test_every_size_from_32_to_1024_gives_its_codes_and_levels_of_4_px_or_more()
         num_ws = 2 * round(math.log2(px)) - 2
         net = Encoder(px, num_ws, 8, 1, (1, 1, 1, 1)).eval()
         with torch.no_grad():
-            sides = [level.shape[2] for level in net.levels(torch.zeros(1, 3, px, px))]
+            sides = [level.shape[2] for level in net.pyramid(torch.zeros(1, 3, min(px, 256), min(px, 256)))]
         assert min(sides) >= 4 and sides == sorted(sides) and [2 ** len(h.convs) for h in net.heads] == sides
         assert sum(h.count for h in net.heads) == num_ws and [h.count for h in net.heads] == [3, 4, num_ws - 7]
     assert trunk_strides(256) == trunk_strides(64) == [2, 2, 2, 2] and trunk_strides(32) == [1, 2, 2, 2]
@@ -320,15 +321,15 @@ def equal_runs(one, other):
 
 
 def test_two_steps_and_two_more_are_four_in_every_tensor(start, done, tmp_path, monkeypatch):
-    other, calls, real = copy_run(start, tmp_path), [], encode.flip_and_crop
+    other, calls, real = copy_run(start, tmp_path), [], encode.to_float
 
     def stopping(*given):
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == 5:
             raise KeyboardInterrupt
         return real(*given)
     with monkeypatch.context() as patch:
-        patch.setattr(encode, "flip_and_crop", stopping)
+        patch.setattr(encode, "to_float", stopping)
         with pytest.raises(KeyboardInterrupt):
             train_encoder(other)
     assert load_state(other.path("ckpt", "encoder.pt"))["step"] == 2
@@ -350,7 +351,7 @@ def test_killed_by_the_system_and_resumed(start, done, tmp_path):
 
 
 def test_finished_work_is_not_done_again_and_is_opened_in_eval_mode(done, monkeypatch):
-    monkeypatch.setattr(encode, "flip_and_crop", None)
+    monkeypatch.setattr(torch.Tensor, "backward", None)
     net = train_encoder(done)
     assert isinstance(net, Encoder) and not any(m.training for m in net.modules()) and not any(q.requires_grad for q in net.parameters())
     rows = [json.loads(line) for line in done.path("encoder.jsonl").read_text().splitlines()]
