@@ -6,7 +6,7 @@ __all__ = ['Tuning', 'distance_to', 'tune_pivot', 'draw_pivot', 'Nets', 'Inverte
            'edit_effects', 'run_moves', 'slopes', 'agreement', 'outliers', 'stripes', 'comparison', 'nearest_training',
            'image_rows', 'cost_rows', 'edit_rows', 'compare_methods']
 
-# %% ../nbs/08_compare.ipynb #26bbdbae
+# %% ../nbs/08_compare.ipynb #e25546d7
 import copy, time
 from pathlib import Path
 from typing import Callable, Literal, NamedTuple
@@ -19,7 +19,7 @@ from . import factorize
 from .attributes import lesion_attributes
 from .core import Run, check_made_by, code_key, load_state, progress, published, save_atomic
 from .data import open_images, to_float
-from .encode import check_images, decoder_key, open_encoder
+from .encode import decoder_key, open_encoder
 from .factorize import Transformation, draw_codes, mean_interval, move
 from .gan import open_generator
 from .hypernet import HyperNet, refine, render_tuned
@@ -28,8 +28,9 @@ from .invert import (draw_each, draw_sources, fit_start, image_generators, inver
                             thumbnails)
 from .metrics import open_lpips
 from .stylegan2 import Generator
+from .trunk import check_images
 
-# %% ../nbs/08_compare.ipynb #7431927a
+# %% ../nbs/08_compare.ipynb #2f1f894c
 class Tuning(NamedTuple):
     "How pivotal tuning tunes."
 
@@ -67,7 +68,7 @@ def tune_pivot(
     seen = lambda codes: torch.func.functional_call(g.synthesis, tuned, (codes, "const")).to(target.dtype)
     for _ in range(how.steps):
         l2, distance = distance_to(seen(ws), target, lpips)
-        if lpips and float(distance) <= how.stop:
+        if lpips and float(distance.detach()) <= how.stop:
             break
         loss = l2 + how.lpips_weight * distance
         if how.locality:
