@@ -208,7 +208,7 @@ def render(
         return draw_pivot(nets.g, ws, inverted.codes)
     return factorize.render(nets.g, ws)
 
-# %% ../nbs/08_compare.ipynb #4b887c6d
+# %% ../nbs/08_compare.ipynb #350b1666
 def save_inverted(
     path: Path,  # ends in .pt
     inverted: Inverted,  # from `invert`
@@ -264,7 +264,7 @@ def method_settings(
     "How a run's profile wants the searching methods to search."
     p = run.profile
     return {"projector": {"space": p.invert_space, "steps": p.invert_steps, "seed": run.seed},
-            "pti": {"steps": p.pti_steps, "seed": run.seed}}
+            "pti": {"steps": p.pti_steps, "seed": run.seed, "stop": 0.06 if p.image_px >= 256 else 0.0}}
 
 # %% ../nbs/08_compare.ipynb #465912a8
 def edit_effects(

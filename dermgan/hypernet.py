@@ -251,7 +251,7 @@ def synthesize_tuned(
         image = rgb if block.first else upsample(image) + rgb
     return image
 
-# %% ../nbs/08_hypernet.ipynb #57789bb0
+# %% ../nbs/08_hypernet.ipynb #52a037ec
 def refinements(
     hyper: HyperNet,  # the hypernetwork
     g: Generator,  # without gradients for its weights
@@ -286,7 +286,7 @@ def render_tuned(
     codes: torch.Tensor,  # summed codes, [N, L, c + 1]
     batch_images: int = 16,  # images at a time
 ) -> torch.Tensor:  # images in [-1, 1], [N, 3, H, W], float32
-    "Draw images without gradients, clamped to the range of an image; a batch of zero offsets is the plain one."
+    "Draw images without gradients, clamped to an image's range; a batch of zero offsets is the plain one."
     images = []
     with torch.no_grad():
         for w, z in zip(ws.split(batch_images), codes.split(batch_images)):
