@@ -266,7 +266,7 @@ def test_convergence_is_the_gain_of_the_last_quarter():
 # the training of a run
 
 CHANGES = {"image_px": "16", "phantom_lesions": "60", "z_dim": "8", "w_dim": "8", "enc_batch": "4", "enc_kimg": "0.016", "enc_tick_kimg": "0.008",
-           "enc_width": "2", "enc_start": "0.2", "enc_every": "0.2", "enc_pool": "6", "enc_synthetic_weight": "0.5", "precision": "fp32"}
+           "enc_width": "2", "enc_start": "0.2", "enc_every": "0.2", "enc_pool": "6", "enc_lpips_weight": "0.8", "enc_synthetic_weight": "0.5", "precision": "fp32"}
 CHILD = """
 import sys
 from pathlib import Path
