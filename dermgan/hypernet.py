@@ -15,11 +15,12 @@ from torch.nn import functional as F
 from .layers import Linear, StyleConv, fir, upsample
 from .stylegan2 import Generator, Synthesis, channels_at, resolutions
 
-# %% ../nbs/08_hypernet.ipynb #85fe3991
+# %% ../nbs/08_hypernet.ipynb #cb34c499
 def tuned_layers(
     image_px: int,  # output size of the generator
     channel_base: int = 32768,  # channels times resolution
     channel_max: int = 512,  # upper bound of channels
+    wide_from: int = 512,  # channels from which a layer is wide
 ) -> dict[str, tuple[int, int, bool]]:  # module of the synthesis network -> O, I, wide
     "The convolutions whose weights are tuned, in the order of the generator."
     found, below = {}, 0
@@ -27,11 +28,11 @@ def tuned_layers(
     for px in resolutions(image_px):
         here = channels_at(px, channel_base, channel_max)
         pairs = {"conv0": below, "conv1": here} if below else {"conv1": here}
-        found |= {f"b{px}.{name}": (here, i, here == i == widest) for name, i in pairs.items()}
+        found |= {f"b{px}.{name}": (here, i, here == i == widest >= wide_from) for name, i in pairs.items()}
         below = here
     return found
 
-# %% ../nbs/08_hypernet.ipynb #4925c1c3
+# %% ../nbs/08_hypernet.ipynb #88bd8508
 class Offsets(nn.Module):
     "Summed codes to weight offsets: linear in the codes, whose last entry counts the predictions."
 
@@ -43,12 +44,12 @@ class Offsets(nn.Module):
         super().__init__()
         self.layers, self.code = layers, code
         self.wide = [i for i, (_, _, wide) in enumerate(layers.values()) if wide]
-        channels = list(layers.values())[0][0]
-        spread = (0.32 / code) ** 0.5
-        self.w2 = nn.Parameter(torch.randn(code, channels * code) * spread)
-        self.b2 = nn.Parameter(torch.zeros(channels * code))
-        self.w1 = nn.Parameter(torch.randn(code, channels * 9) * spread)
-        self.b1 = nn.Parameter(torch.zeros(channels * 9))
+        channels, spread = next(iter(layers.values()))[0], (0.32 / code) ** 0.5
+        if self.wide:
+            self.w2 = nn.Parameter(torch.randn(code, channels * code) * spread)
+            self.b2 = nn.Parameter(torch.zeros(channels * code))
+            self.w1 = nn.Parameter(torch.randn(code, channels * 9) * spread)
+            self.b1 = nn.Parameter(torch.zeros(channels * 9))
         self.narrow = nn.ModuleDict()
         for name, (o, i, wide) in layers.items():
             if not wide:
@@ -60,11 +61,12 @@ class Offsets(nn.Module):
         dtype: torch.dtype | None = None,  # of the products; None is the parameters' own
     ) -> dict[str, torch.Tensor]:  # layer -> offsets, [N, O, I, 3, 3] or [N, O, I, 1, 1]
         "The offsets of all tuned layers."
-        z, dtype = codes[:, self.wide], dtype or self.w1.dtype
-        rows = (z @ torch.cat([self.w2, self.b2[None]])).unflatten(2, (-1, self.code))
-        rows = torch.cat([rows, z[:, :, None, -1:].expand(-1, -1, rows.shape[2], 1)], 3).to(dtype)
-        shared = (rows @ torch.cat([self.w1, self.b1[None]]).to(dtype)).unflatten(3, (-1, 3, 3)).unbind(1)
-        found = dict(zip((name for name, row in self.layers.items() if row[2]), shared))
+        z, dtype, found = codes[:, self.wide], dtype or codes.dtype, {}
+        if self.wide:
+            rows = (z @ torch.cat([self.w2, self.b2[None]])).unflatten(2, (-1, self.code))
+            rows = torch.cat([rows, z[:, :, None, -1:].expand(-1, -1, rows.shape[2], 1)], 3).to(dtype)
+            shared = (rows @ torch.cat([self.w1, self.b1[None]]).to(dtype)).unflatten(3, (-1, 3, 3)).unbind(1)
+            found = dict(zip((name for name, row in self.layers.items() if row[2]), shared))
         for i, (name, (o, n_in, wide)) in enumerate(self.layers.items()):
             if not wide:
                 flat = self.narrow[name.replace(".", "_")](codes[:, i])
@@ -139,7 +141,7 @@ def trunk(
             side, below = side // stride, here
     return nn.Sequential(*parts), side
 
-# %% ../nbs/08_hypernet.ipynb #b61379d4
+# %% ../nbs/08_hypernet.ipynb #6cb678a1
 def head(
     channels: int,  # of the trunk's output
     side: int,  # of the trunk's output
@@ -173,11 +175,12 @@ class HyperNet(nn.Module):
         width: int = 64,  # channels of the trunk's first stage
         units: tuple[int, ...] = (3, 4, 6, 3),  # blocks of the trunk's stages
         code: int = 512,  # c, length of a code
+        wide_from: int = 512,  # channels from which layers share their maps
     ):
         super().__init__()
         self.shape = dict(image_px=image_px, channel_base=channel_base, channel_max=channel_max, width=width,
-                          units=list(units), code=code)
-        self.layers, self.code = tuned_layers(image_px, channel_base, channel_max), code
+                          units=list(units), code=code, wide_from=wide_from)
+        self.layers, self.code = tuned_layers(image_px, channel_base, channel_max, wide_from), code
         self.trunk, side = trunk(min(image_px, 256), width, tuple(units))
         self.heads = nn.ModuleList(head(width * 2 ** (len(units) - 1), side, code, wide)
                                    for _, _, wide in self.layers.values())
@@ -201,7 +204,7 @@ class HyperNet(nn.Module):
         count: int,  # images
     ) -> torch.Tensor:  # [N, L, c + 1]
         "The codes before the first pass: zeros, which leave the generator as it is."
-        return torch.zeros(count, len(self.layers), self.code + 1).to(self.offsets.w1)
+        return torch.zeros(count, len(self.layers), self.code + 1).to(next(self.parameters()))
 
 # %% ../nbs/08_hypernet.ipynb #5a267745
 def tuned_conv(

@@ -27,7 +27,7 @@ from dermgan.hyperstyle import (Frozen, Losses, begin_hyper, hyper_step, load_hy
 from dermgan.phantom import pack_phantom
 from dermgan.stylegan2 import Generator, save_generator
 
-SMALL = tuned_layers(16, 128, 16)
+SMALL = tuned_layers(16, 128, 16, 16)
 
 
 def generator(dtype=torch.float32):
@@ -44,7 +44,7 @@ def generator(dtype=torch.float32):
 def lively(dtype=torch.float32, seed=0):
     "A hypernetwork whose every tensor is random, so that nothing is zero by its start."
     torch.manual_seed(seed)
-    hyper = HyperNet(16, 128, 16, width=4, units=(1, 1, 1, 1), code=6).to(dtype)
+    hyper = HyperNet(16, 128, 16, width=4, units=(1, 1, 1, 1), code=6, wide_from=16).to(dtype)
     for value in hyper.parameters():
         value.data.add_(0.1 * torch.randn(value.shape, generator=rng(seed, *value.shape)).to(dtype))
     return hyper.eval().requires_grad_(False)
@@ -69,10 +69,11 @@ def test_the_tables_agree_with_the_generator_at_every_size(px, base, most):
         g = Generator(px, 8, 8, base, most, 1)
     real = {n: (m.weight.shape[0], m.weight.shape[1]) for n, m in g.synthesis.named_modules()
             if n.split(".")[-1] in ("conv0", "conv1")}
-    table = tuned_layers(px, base, most)
     widest = max(o for o, _ in real.values())
-    assert {n: row[:2] for n, row in table.items()} == real
-    assert all(wide == (o == i == widest) for o, i, wide in table.values())
+    for wide_from in (1, 64, 512):
+        table = tuned_layers(px, base, most, wide_from)
+        assert {n: row[:2] for n, row in table.items()} == real
+        assert all(wide == (o == i == widest and o >= wide_from) for o, i, wide in table.values())
     assert not any("torgb" in n for n in table)
 
 
@@ -85,7 +86,7 @@ def test_the_full_network_has_the_published_number_of_parameters(px, printed):
 
 @pytest.mark.parametrize("px", [8, 32, 64, 512])
 def test_one_code_a_layer_at_every_size(px):
-    hyper = HyperNet(px, 256, 16, width=2, units=(1, 1, 1, 1), code=4)
+    hyper = HyperNet(px, 256, 16, width=2, units=(1, 1, 1, 1), code=4, wide_from=16)
     codes = hyper(torch.zeros(1, 3, px, px), torch.zeros(1, 3, px, px))
     assert codes.shape == (1, len(tuned_layers(px, 256, 16)), 5) and (codes[..., -1] == 1).all()
 
@@ -126,7 +127,7 @@ def test_per_image_weights_equal_generators_whose_weights_are_set():
 def test_zero_offsets_are_the_encoders_image_exactly():
     g, ws = generator(), draw_codes(generator(), 4, 2)
     torch.manual_seed(0)
-    fresh = HyperNet(16, 128, 16, 4, (1, 1, 1, 1), 6).eval()
+    fresh = HyperNet(16, 128, 16, 4, (1, 1, 1, 1), 6, 16).eval()
     codes = refine(fresh, g, factorize.render(g, ws).flip(3), ws, 3)
     assert codes.any() and torch.equal(render_tuned(fresh, g, ws, codes), factorize.render(g, ws))
     assert torch.equal(render_tuned(lively(), g, ws, lively().nothing(4)), factorize.render(g, ws))
@@ -270,7 +271,7 @@ def test_finished_work_is_not_done_again_and_other_networks_are_refused(run, tmp
     whole = train_hyperstyle(run)
     with monkeypatch.context() as patch:
         patch.setattr(hyperstyle, "pass_errors", None)
-        assert torch.equal(train_hyperstyle(run).offsets.w1, whole.offsets.w1)
+        assert torch.equal(next(train_hyperstyle(run).parameters()), next(whole.parameters()))
     other, changed = copied(run, tmp_path), generator()
     changed.mapping.fc0.weight.mul_(1.5)
     save_generator(other.path("ckpt", "generator.safetensors"), changed)
