@@ -50,7 +50,7 @@ class DiskFull(DermganError):
 class NotFinite(DermganError):
     "A tensor holds NaN or infinity; the last good checkpoint is kept."
 
-# %% ../nbs/00_settings.ipynb #f4314f27
+# %% ../nbs/00_settings.ipynb #82845a8e
 CLASSES = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
 SETS = ("baseline", "2k", "4k", "6k", "8k", "10k")
 
@@ -71,6 +71,16 @@ class Profile:
     precision: Literal["auto", "fp32", "bf16"]
     factor_variant: Literal["sefa", "raw"]; factor_images: int
     invert_space: Literal["w", "w+"]; invert_steps: int; invert_batch: int; invert_sources: int
+    enc_width: int; enc_units: tuple[int, ...]
+    enc_kimg: float; enc_batch: int; enc_lr: float; enc_start: float; enc_every: float
+    enc_l2_weight: float; enc_lpips_weight: float; enc_delta_weight: float; enc_adv_weight: float
+    enc_features: Literal["none", "moco"]; enc_feature_weight: float; enc_synthetic_weight: float
+    enc_critic_lr: float; enc_r1_gamma: float; enc_r1_every: int; enc_pool: int
+    enc_ema_kimg: float; enc_tick_kimg: float
+    hyper_width: int; hyper_units: tuple[int, ...]; hyper_code: int
+    hyper_kimg: float; hyper_batch: int; hyper_lr: float; hyper_passes: int; hyper_ramp: float
+    hyper_l2_weight: float; hyper_lpips_weight: float; hyper_start: Literal["w+", "w"]
+    pti_steps: int; invert_method: Literal["projector", "e4e", "hyperstyle", "pti"]
     lpips_max: float; lpips_random_quantile: float
     sa_images: tuple[int, ...]
     cls_archs: tuple[str, ...]; cls_sets: tuple[str, ...]; cls_seeds: int
