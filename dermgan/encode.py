@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['MOCO', 'NETS', 'PARTS', 'active_offsets', 'delta_penalty', 'code_loss', 'weigh', 'exchange', 'Fit', 'begin_fit',
-           'require_finite', 'reconstruct', 'train_critic', 'average_step', 'fit_step', 'open_features',
+           'require_finite', 'reconstruct', 'train_critic', 'descend', 'average_step', 'fit_step', 'open_features',
            'fast_precision', 'fitted_by', 'decoder_key', 'last_quarter_gain', 'validate', 'keep', 'resume_fit',
            'train_encoder', 'open_encoder']
 
@@ -146,7 +146,7 @@ def reconstruct(
         parts["feature"] = (1 - F.cosine_similarity(features(images), wanted)).mean()
     return ws, parts
 
-# %% ../nbs/07_encode.ipynb #f3370d2d
+# %% ../nbs/07_encode.ipynb #d77f70f8
 def train_critic(
     t: Fit,  # its critic and pool change
     p: Profile,  # settings
@@ -163,6 +163,21 @@ def train_critic(
         penalty = r1_penalty(lambda x: t.critic(x[:, 0, 0]), reals[:, None, None], p.enc_r1_gamma)
         apply(t.opt_critic, [penalty * p.enc_r1_every])
     return loss
+
+
+def descend(
+    t: Fit,  # its net changes
+    p: Profile,  # rate, and when it drops
+    loss: torch.Tensor,  # to be lowered
+    share: float,  # of the training that is done
+) -> None:
+    "One step of the encoder's optimiser, its gradient no longer than `enc_clip`; 0 does not clip."
+    t.opt.zero_grad(set_to_none=True)
+    loss.backward()
+    if p.enc_clip:
+        nn.utils.clip_grad_norm_(t.net.parameters(), p.enc_clip)
+    t.opt.param_groups[0]["lr"] = p.enc_lr * (0.1 if share >= p.enc_drop else 1)
+    t.opt.step()
 
 
 def average_step(
@@ -198,7 +213,7 @@ def fit_step(
         parts["adv"] = generator_loss(t.critic.requires_grad_(False)(codes))
     if p.enc_synthetic_weight:
         parts["synthetic"] = code_loss(t.net, g, p.enc_batch, stage, gen)
-    apply(t.opt, [weigh(parts, p)])
+    descend(t, p, weigh(parts, p), t.step / total)
     if p.enc_adv_weight:
         t.critic.requires_grad_(True)
         parts["critic"] = train_critic(t, p, g, codes, gen)
@@ -250,7 +265,7 @@ def fast_precision(
     g.synthesis.compute_dtype = kinds[chosen]
     return chosen
 
-# %% ../nbs/07_encode.ipynb #a21bb4ad
+# %% ../nbs/07_encode.ipynb #d1b826c1
 NETS = ("net", "ema", "critic", "opt", "opt_critic")
 PARTS = ("pool", "step", "best", "history")
 
@@ -262,7 +277,7 @@ def fitted_by(
 ) -> dict:  # what an encoder depends on
     "The settings, generator and code that an encoder depends on."
     code = code_key(Unit, Heads, trunk_strides, Pyramid, Encoder, Critic, exchange, active_offsets,
-                    delta_penalty, code_loss, weigh, begin_fit, reconstruct, train_critic, average_step,
+                    delta_penalty, code_loss, weigh, begin_fit, reconstruct, train_critic, descend, average_step,
                     fit_step, losses, batch_indices, flip_and_crop)
     kept = {k: v for k, v in vars(run.profile).items() if k.startswith("enc_") or k in GAN_KEYS}
     facts = {"seed": run.seed, "lpips": lpips.name, "generator": decoder_key(g), "code": code}

@@ -50,7 +50,7 @@ class DiskFull(DermganError):
 class NotFinite(DermganError):
     "A tensor holds NaN or infinity; the last good checkpoint is kept."
 
-# %% ../nbs/00_settings.ipynb #82845a8e
+# %% ../nbs/00_settings.ipynb #ea996be2
 CLASSES = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
 SETS = ("baseline", "2k", "4k", "6k", "8k", "10k")
 
@@ -76,7 +76,7 @@ class Profile:
     enc_l2_weight: float; enc_lpips_weight: float; enc_delta_weight: float; enc_adv_weight: float
     enc_features: Literal["none", "moco"]; enc_feature_weight: float; enc_synthetic_weight: float
     enc_critic_lr: float; enc_r1_gamma: float; enc_r1_every: int; enc_pool: int
-    enc_ema_kimg: float; enc_tick_kimg: float
+    enc_ema_kimg: float; enc_tick_kimg: float; enc_drop: float; enc_clip: float
     hyper_width: int; hyper_units: tuple[int, ...]; hyper_code: int
     hyper_kimg: float; hyper_batch: int; hyper_lr: float; hyper_passes: int; hyper_ramp: float
     hyper_l2_weight: float; hyper_lpips_weight: float; hyper_start: Literal["w+", "w"]
