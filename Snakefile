@@ -12,7 +12,7 @@ stages = plan()
 grid = cells(run.profile) if "11_classify" in stages else []
 cell_file = "ckpt/classify/{0}-{1}-plain-s{2}.json"
 # A narrow GAN steps faster on one thread than on two (benchmarks/gan_threads.py), and leaves the other core to other stages.
-whole_machine = {"07_invert", "08_hyperstyle"} | ({"05_gan"} if run.profile.channel_base >= 2048 else set())
+whole_machine = {"07_invert", "08_hypertrain"} | ({"05_gan"} if run.profile.channel_base >= 2048 else set())
 
 
 def waits_for(stage):

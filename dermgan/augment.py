@@ -4,7 +4,7 @@
 __all__ = ['plan_images', 'measure_sources', 'quantised', 'render_rows', 'gate', 'check_provenance', 'made_by', 'measure_plan',
            'pack_kept', 'augment_sources', 'table1', 'set_table', 'sheet_rows', 'sheet_columns', 'draw_sheet']
 
-# %% ../nbs/10_augment.ipynb #be61c60d
+# %% ../nbs/10_augment.ipynb #f72041e0
 import functools, json, time
 
 import numpy as np, pandas as pd, torch
@@ -14,9 +14,8 @@ from .core import (DataRefused, Run, SETS, code_key, load_state, named_seed, pro
 from .store import Images, pack_images, to_float, to_uint8
 from .data import check_sources, open_images
 from .metrics import LPIPS, open_lpips
-from .stylegan2 import Generator
-from .factorize import (NAMES, Transformation, generator_key, layers_label, load_transformations, move,
-                               render)
+from .factorize import NAMES, Transformation, layers_label, load_transformations, move
+from .hyperstyle import Inversion, Nets, draw, pick
 from .allot import draw_set, set_size
 
 # %% ../nbs/10_augment.ipynb #bc42a29b
@@ -38,26 +37,26 @@ def plan_images(
     return pd.DataFrame(rows, columns=["image_id", "source_id", "lesion_id", "label", "transformation",
                                        "direction", "layers", "alpha", "source"])
 
-# %% ../nbs/10_augment.ipynb #59fea23d
+# %% ../nbs/10_augment.ipynb #7ced6e79
 @torch.no_grad()
 def measure_sources(
-    g: Generator,  # in eval mode
+    nets: Nets,  # that draw the inversions
     lpips: LPIPS,  # from `open_lpips`
     plan: pd.DataFrame,  # rows of a few sources, from `plan_images`
-    ws: torch.Tensor,  # codes of all sources, [N, L, w_dim]
+    inverted: Inversion,  # of all sources
     originals: torch.Tensor,  # uint8 [m, 3, H, W], of the sources in `plan` in their order
     named: dict[str, Transformation | None],  # by the paper's names
 ) -> pd.DataFrame:  # lpips, lpips_last3, lpips_inversion, a row for each of `plan`
     "Distances of transformed images to their original and to its inversion (last three layers)."
     places, index = plan.source.unique(), plan.index
     original = lpips.features(to_float(originals))
-    inverted = lpips.features(quantised(render(g, ws[places])))
-    moved = lpips.features(quantised(render_rows(g, plan, ws, named)))
+    unmoved = lpips.features(quantised(draw(nets, pick(inverted, places))))
+    moved = lpips.features(quantised(render_rows(nets, plan, inverted, named)))
     at = torch.tensor(np.searchsorted(places, plan.source.to_numpy()))
-    pick = lambda taps: [tap[at] for tap in taps]
-    return pd.DataFrame({"lpips": lpips.distance(pick(original), moved), "lpips_last3":
-                         lpips.distance(pick(original), moved, "last3"), "lpips_inversion":
-                         lpips.distance(pick(inverted), moved, "last3")}, index=index)
+    own = lambda taps: [tap[at] for tap in taps]
+    return pd.DataFrame({"lpips": lpips.distance(own(original), moved), "lpips_last3":
+                         lpips.distance(own(original), moved, "last3"), "lpips_inversion":
+                         lpips.distance(own(unmoved), moved, "last3")}, index=index)
 
 
 def quantised(
@@ -68,18 +67,19 @@ def quantised(
 
 
 def render_rows(
-    g: Generator,  # in eval mode
+    nets: Nets,  # that draw the inversions
     plan: pd.DataFrame,  # rows to render
-    ws: torch.Tensor,  # codes of all sources, [N, L, w_dim]
+    inverted: Inversion,  # of all sources
     named: dict[str, Transformation | None],  # by the paper's names
 ) -> torch.Tensor:  # images in [-1, 1], [len(plan), 3, H, W]
     "Move each row's code along its direction and synthesize."
-    codes = ws[torch.tensor(plan.source.to_numpy())]
-    for name, part in plan.reset_index(drop=True).groupby("transformation"):
-        rows, t = torch.tensor(part.index.to_numpy()), named[name]
-        steps = torch.tensor(part.alpha.to_numpy(), dtype=codes.dtype)
+    part = pick(inverted, plan.source)
+    codes = part.ws.clone()
+    for name, some in plan.reset_index(drop=True).groupby("transformation"):
+        rows, t = torch.tensor(some.index.to_numpy()), named[name]
+        steps = torch.tensor(some.alpha.to_numpy(), dtype=codes.dtype)
         codes[rows] = move(codes[rows], t.direction, steps, t.layers)
-    return render(g, codes.to(g.w_avg.device)).cpu()
+    return draw(nets, part, codes).cpu()
 
 # %% ../nbs/10_augment.ipynb #94bed313
 def gate(
@@ -119,29 +119,29 @@ def check_provenance(
                           "Make them again: delete tables/synthetic.csv.")
     return len(frame)
 
-# %% ../nbs/10_augment.ipynb #5bf18c5f
+# %% ../nbs/10_augment.ipynb #14a32a06
 def made_by(
     run: Run,  # its settings
-    g: Generator,  # the run's
     sources: pd.DataFrame,  # source_id of each inverted image
-    ws: torch.Tensor,  # their codes
+    inverted: Inversion,  # of them
     named: dict[str, Transformation | None],  # by the paper's names
     metric: str,  # LPIPS or LPIPS-random
 ) -> dict:  # JSON values
     "What the synthetic images depend on."
     steps = {name: [t.number, t.layers, t.alpha, t.direction.tolist()] for name, t in named.items() if t}
-    p, inverted = run.profile, [sources.source_id.tolist(), ws.double().sum().item()]
-    return {"generator": generator_key(g), "sources": short_key(inverted), "steps": short_key(steps),
+    p, sums = run.profile, [float(x.double().sum()) for x in (inverted.ws, inverted.codes)]
+    return {"drawn by": inverted.made_for, "inverted by": inverted.method,
+            "sources": short_key([sources.source_id.tolist(), *sums]), "steps": short_key(steps),
             "metric": metric, "lpips_max": p.lpips_max, "quantile": p.lpips_random_quantile,
-            "run seed": run.seed, "code": code_key(plan_images, measure_sources, render_rows, move, gate)}
+            "run seed": run.seed, "code": code_key(plan_images, measure_sources, render_rows, draw, move, gate)}
 
 
 def measure_plan(
     run: Run,  # where progress is kept
-    g: Generator,  # in eval mode
+    nets: Nets,  # that draw the inversions
     lpips: LPIPS,  # from `open_lpips`
     plan: pd.DataFrame,  # from `plan_images`
-    ws: torch.Tensor,  # codes of all sources
+    inverted: Inversion,  # of all sources
     named: dict[str, Transformation | None],  # by the paper's names
     facts: dict,  # from `made_by`
     batch: int = 16,  # sources at a time
@@ -158,7 +158,7 @@ def measure_plan(
     for part in progress(left, len(parts), what="transform", unit="batches", initial=state["done"]):
         some = plan.iloc[np.concatenate([groups[source] for source in part])]
         originals = train.batch([place[name] for name in some.source_id.unique()])
-        state["rows"] += measure_sources(g, lpips, some, ws, originals, named).to_numpy().tolist()
+        state["rows"] += measure_sources(nets, lpips, some, inverted, originals, named).to_numpy().tolist()
         state["done"] += 1
         if time.monotonic() - saved > 30:
             save_atomic(file, state)
@@ -170,9 +170,9 @@ def measure_plan(
 
 def pack_kept(
     run: Run,  # where the store is made
-    g: Generator,  # in eval mode
+    nets: Nets,  # that draw the inversions
     frame: pd.DataFrame,  # the rows that passed the gate
-    ws: torch.Tensor,  # codes of all sources
+    inverted: Inversion,  # of all sources
     named: dict[str, Transformation | None],  # by the paper's names
     facts: dict,  # from `made_by`
     batch: int = 64,  # images at a time
@@ -184,7 +184,7 @@ def pack_kept(
 
     @functools.lru_cache(maxsize=1)
     def rendered(k):
-        images = to_uint8(render_rows(g, frame.iloc[k * batch:(k + 1) * batch], ws, named))
+        images = to_uint8(render_rows(nets, frame.iloc[k * batch:(k + 1) * batch], inverted, named))
         return images.permute(0, 2, 3, 1).numpy()
 
     pictures = [functools.partial(lambda i: rendered(i // batch)[i % batch], i) for i in range(len(frame))]
@@ -194,29 +194,29 @@ def pack_kept(
 
 def augment_sources(
     run: Run,  # with packed stores
-    g: Generator,  # the run's generator, in eval mode
+    nets: Nets,  # that draw the inversions
     sources: pd.DataFrame,  # source_id of each inverted training image
-    ws: torch.Tensor,  # their codes, [N, L, w_dim]
+    inverted: Inversion,  # of them
 ) -> tuple[pd.DataFrame, str]:  # provenance of every image made, and what the gate was
     "Transform, measure, gate and pack; returns at once where that was done. DataRefused on a foreign source."
     named, lpips = load_transformations(run.path("ckpt", "transformations.json")), open_lpips(run.weights)
     note, file = run.path("ckpt", "synthetic.json"), run.path("tables", "synthetic.csv")
-    facts, train = made_by(run, g, sources, ws, named, lpips.name), open_images(run, "train")
+    facts, train = made_by(run, sources, inverted, named, lpips.name), open_images(run, "train")
     if note.exists() and file.exists() and (done := json.loads(note.read_text()))["made_by"] == facts:
         return pd.read_csv(file, dtype={"source_id": str, "lesion_id": str, "kept": bool}), done["gate"]
     place = {name: i for i, name in enumerate(train.ids)}
     if strangers := [name for name in sources.source_id if name not in place]:
         raise DataRefused(f"{len(strangers)} inverted images are not in train.",
                           f"The first is {strangers[0]}.",
-                          "Invert training images only: delete ckpt/inversions.pt and run again.")
+                          "Invert training images only: ./reproduce.sh --restart 08_hyperstyle")
     at = [place[name] for name in sources.source_id]
     sources = sources.assign(lesion_id=[train.lesion_ids[i] for i in at], label=train.labels[at].numpy())
     plan = plan_images(sources, named, len(sources) < len(train), run.seed)
-    frame = measure_plan(run, g, lpips, plan, ws, named, facts)
+    frame = measure_plan(run, nets, lpips, plan, inverted, named, facts)
     limit, words = gate(frame.lpips_last3, lpips.name, run)
     frame = frame.assign(kept=frame.lpips_last3 <= limit).drop(columns="source")
     check_provenance(run, frame)
-    pack_kept(run, g, frame.assign(source=plan.source)[frame.kept], ws, named, facts)
+    pack_kept(run, nets, frame.assign(source=plan.source)[frame.kept], inverted, named, facts)
     write_text(file, frame.to_csv(index=False, float_format="%.6g"))
     write_text(note, json.dumps({"made_by": facts, "gate": words, "metric": lpips.name}, indent=1))
     return frame, words
@@ -258,7 +258,7 @@ def set_table(
         rows += [(name, t, int(drawn.get(t, 0)), set_size(run, name, n_train)) for t in NAMES]
     return pd.DataFrame(rows, columns=["set", "transformation", "value", "n"])
 
-# %% ../nbs/10_augment.ipynb #c33ca51d
+# %% ../nbs/10_augment.ipynb #fc119917
 def sheet_rows(
     run: Run,  # with stores
     sources: pd.DataFrame,  # source_id
@@ -280,25 +280,26 @@ def sheet_rows(
 
 def sheet_columns(
     run: Run,  # with stores and transformations
-    g: Generator,  # in eval mode
-    codes: torch.Tensor,  # of the lesions shown, [m, L, w_dim]
+    nets: Nets,  # that draw the inversions
+    inverted: Inversion,  # of the lesions shown
     originals: torch.Tensor,  # their photographs, uint8 [m, 3, H, W]
     signs: tuple[int, ...],  # of the steps shown
 ) -> dict[str, torch.Tensor | None]:  # title -> images in [-1, 1]; None where no direction earned the name
     "Render the columns of a sheet."
-    columns = {"original": to_float(originals), "inversion": render(g, codes).cpu()}
+    columns = {"original": to_float(originals), "inversion": draw(nets, inverted).cpu()}
     for name, t in load_transformations(run.path("ckpt", "transformations.json")).items():
         for sign in signs:
             title = name if len(signs) == 1 else f"{name} {'+' if sign > 0 else '−'}"
-            columns[title] = t and render(g, move(codes, t.direction, sign * t.alpha, t.layers)).cpu()
+            moved = t and move(inverted.ws, t.direction, sign * t.alpha, t.layers)
+            columns[title] = t and draw(nets, inverted, moved).cpu()
     return columns
 
 
 def draw_sheet(
     run: Run,  # with stores and transformations
-    g: Generator,  # in eval mode
+    nets: Nets,  # that draw the inversions
     sources: pd.DataFrame,  # source_id
-    ws: torch.Tensor,  # their codes
+    inverted: Inversion,  # of them
     rows: list[int],  # places in `sources`
     signs: tuple[int, ...] = (1,),  # of the steps shown
 ) -> tuple["matplotlib.figure.Figure", pd.DataFrame]:  # the sheet, and source_id, column, lpips_last3
@@ -306,7 +307,7 @@ def draw_sheet(
     import matplotlib.pyplot as plt
     train, lpips = open_images(run, "train"), open_lpips(run.weights)
     places = [train.ids.index(sources.source_id[i]) for i in rows]
-    columns = sheet_columns(run, g, ws[rows], train.batch(places), signs)
+    columns = sheet_columns(run, nets, pick(inverted, rows), train.batch(places), signs)
     side, m = 0.95 if len(signs) == 1 else 0.72, len(rows)
     size = (side * len(columns) + 0.6, (side + 0.16) * m + 0.4)
     fig, axes = plt.subplots(m, len(columns), figsize=size, squeeze=False)

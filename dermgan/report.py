@@ -15,9 +15,9 @@ import pandas as pd
 
 from .core import Run, git_state, published, resource
 
-# %% ../nbs/16_report.ipynb #4d547e08
+# %% ../nbs/16_report.ipynb #1ce424bc
 MEASURED = ("value", "low", "high", "n", "paper")
-SUMMARY = {"table_gan": "GAN", "table_inversion": "Inversion", "table1_lpips": "Table 1, LPIPS",
+SUMMARY = {"table_gan": "GAN", "table_inversion_methods": "Inversion", "table1_lpips": "Table 1, LPIPS",
            "table2_balanced_accuracy": "Table 2, balanced accuracy", "table3_auc": "Table 3, AUC"}
 
 
@@ -44,7 +44,7 @@ def summary(
     frame = pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=columns)
     return frame[frame["paper"].notna()] if only_paper else frame
 
-# %% ../nbs/16_report.ipynb #90c85015
+# %% ../nbs/16_report.ipynb #c5c72114
 def number(
     value: float | None,  # a measured number; NaN and None are empty
 ) -> str:  # three significant digits
@@ -81,10 +81,9 @@ def key_numbers(
     printed = next(r for r in paper["balanced_accuracy"] if r["architecture"] == "densenet169")
     gan, lpips = measured(tables, "table_gan"), measured(tables, "table1_lpips")
     rows += [(f"GAN: {row['what']}", *row[list(MEASURED)]) for _, row in table_rows(gan, "").iterrows()]
-    for _, row in measured(tables, "table_inversion").iterrows():
-        if row["metric"] == "l2" and row["method"].startswith("projector"):
-            rows.append((f"inversion, L2: {row['method']}", *row[list(MEASURED[:4])],
-                         paper["inversion"]["hyperstyle_l2"]))
+    for _, row in measured(tables, "table_inversion_methods").iterrows():
+        if row["metric"] == "l2" and row["method"] in ("e4e", "HyperStyle", "projector W+"):
+            rows.append((f"inversion, L2: {row['method']}", *row[list(MEASURED)]))
     if len(lpips := lpips[lpips["metric"] == "lpips_last3"] if len(lpips) else lpips):
         printed_mean = lpips["paper"].mean()
         name = "LPIPS-random" if pd.isna(printed_mean) else "LPIPS"

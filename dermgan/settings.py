@@ -50,7 +50,7 @@ class DiskFull(DermganError):
 class NotFinite(DermganError):
     "A tensor holds NaN or infinity; the last good checkpoint is kept."
 
-# %% ../nbs/00_settings.ipynb #ea996be2
+# %% ../nbs/00_settings.ipynb #a5e568dc
 CLASSES = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
 SETS = ("baseline", "2k", "4k", "6k", "8k", "10k")
 
@@ -80,7 +80,7 @@ class Profile:
     hyper_width: int; hyper_units: tuple[int, ...]; hyper_code: int
     hyper_kimg: float; hyper_batch: int; hyper_lr: float; hyper_passes: int; hyper_ramp: float
     hyper_l2_weight: float; hyper_lpips_weight: float; hyper_start: Literal["w+", "w"]
-    pti_steps: int; invert_method: Literal["projector", "e4e", "hyperstyle", "pti"]
+    pti_steps: int; compare_steps: int; invert_method: Literal["projector", "e4e", "hyperstyle", "pti"]
     lpips_max: float; lpips_random_quantile: float
     sa_images: tuple[int, ...]
     cls_archs: tuple[str, ...]; cls_sets: tuple[str, ...]; cls_seeds: int

@@ -14,7 +14,7 @@ from .core import (ConfigError, DataMissing, Profile, Run, code_meaning, read_ru
                           write_text)
 from .report import notebook_cells, stage_logs
 
-# %% ../nbs/17_stages.ipynb #76fca14a
+# %% ../nbs/17_stages.ipynb #20bc4571
 NEEDS = {
     "00_settings": (),
     "00_core": ("00_settings",),
@@ -33,15 +33,16 @@ NEEDS = {
     "06_factorize": ("05_gan", "03_attributes"),
     "07_invert": ("05_gan",),
     "07_trunk": ("00_core",),
-    "07_encode": ("07_invert", "07_trunk"),
+    "07_encode": ("05_gan", "07_trunk"),
     "08_hypernet": ("00_core",),
-    "08_hyperstyle": ("07_encode", "08_hypernet"),
+    "08_hypertrain": ("07_encode", "08_hypernet"),
+    "08_hyperstyle": ("08_hypertrain",),
     "08_compare": ("06_factorize", "07_invert", "08_hyperstyle"),
     "09_explore": ("06_factorize", "08_hyperstyle"),
-    "10_augment": ("10_allot", "06_factorize", "07_invert", "09_explore"),
+    "10_augment": ("10_allot", "06_factorize", "08_hyperstyle", "09_explore"),
     "10_allot": ("02_phantom",),
     "11_classify": ("02_phantom",),
-    "12_results": ("10_augment", "11_classify"),
+    "12_results": ("08_compare", "10_augment", "11_classify"),
     "13_lrp": ("12_results",),
     "14_crp": ("13_lrp",),
     "15_pcx": ("14_crp",),

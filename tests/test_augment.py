@@ -12,6 +12,8 @@ from dermgan import allot, augment
 from dermgan.core import CLASSES, ConfigError, DataMissing, DataRefused, SETS, published, resolve_run, rng
 from dermgan.data import open_images
 from dermgan.factorize import NAMES, Transformation, load_transformations, move, render, save_transformations
+from dermgan.hypernet import HyperNet, render_tuned
+from dermgan.hyperstyle import Inversion, Nets
 from dermgan.metrics import open_lpips
 from dermgan.store import Images, pack_images, store_facts, to_float, to_uint8
 from dermgan.stylegan2 import Generator
@@ -21,6 +23,12 @@ def small_generator():
     torch.manual_seed(3)
     g = Generator(32, z_dim=8, w_dim=8, channel_base=128, channel_max=8, mapping_layers=2)
     return g.eval().requires_grad_(False)
+
+
+def inversion_of(ws, method="e4e", codes=None):
+    "Codes as an inversion by some method; nobody asks how near they are."
+    unknown = torch.full([len(ws)], float("nan"))
+    return Inversion(method, ws, ws[:, 0, :0] if codes is None else codes, unknown, unknown, 0.0, {"generator": "small"})
 
 
 def make_run(root, inverted=12):
@@ -35,14 +43,14 @@ def make_run(root, inverted=12):
     named = dict.fromkeys(NAMES) | {name: Transformation(name, axes[k], list(range(k, k + 3)), 0.5 + k, k)
                                     for k, name in enumerate(("SPV", "BCV", "PS"))}
     save_transformations(run.path("ckpt", "transformations.json"), named)
-    return run, g, pd.DataFrame({"source_id": [f"train{k}" for k in range(inverted)]}), codes[:inverted]
+    return run, Nets(g), pd.DataFrame({"source_id": [f"train{k}" for k in range(inverted)]}), inversion_of(codes[:inverted])
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    run, g, sources, ws = make_run(tmp_path_factory.mktemp("augment"))
-    frame, words = augment.augment_sources(run, g, sources, ws)
-    return SimpleNamespace(run=run, g=g, sources=sources, ws=ws, frame=frame, words=words)
+    run, nets, sources, inverted = make_run(tmp_path_factory.mktemp("augment"))
+    frame, words = augment.augment_sources(run, nets, sources, inverted)
+    return SimpleNamespace(run=run, nets=nets, g=nets.g, sources=sources, inverted=inverted, ws=inverted.ws, frame=frame, words=words)
 
 
 # --- what is made ---
@@ -92,15 +100,35 @@ def test_the_gate_is_the_papers_or_a_quantile_by_name(made):
 
 def test_it_is_made_once_and_again_where_a_step_changed(made, monkeypatch):
     monkeypatch.setattr(augment, "measure_plan", lambda *_: pytest.fail("measured again"))
-    again, words = augment.augment_sources(made.run, made.g, made.sources, made.ws)
+    again, words = augment.augment_sources(made.run, made.nets, made.sources, made.inverted)
     assert again.image_id.tolist() == made.frame.image_id.tolist() and words == made.words
     with pytest.raises(pytest.fail.Exception, match="measured again"):
-        augment.augment_sources(made.run, made.g, made.sources, made.ws + 1)
+        augment.augment_sources(made.run, made.nets, made.sources, made.inverted._replace(ws=made.ws + 1))
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        augment.augment_sources(made.run, made.nets, made.sources, made.inverted._replace(made_for={"generator": "another"}))
+
+
+def test_images_are_drawn_by_the_network_that_inverted_them(made):
+    torch.manual_seed(0)
+    hyper = HyperNet(32, 128, 8, width=4, units=(1, 1, 1, 1), code=6)
+    for value in hyper.parameters():
+        value.data.add_(0.1 * torch.randn(value.shape, generator=rng(1, *value.shape)))
+    hyper.eval().requires_grad_(False)
+    codes = torch.randn(12, len(hyper.layers), 7, generator=rng(0, "bend"))
+    bent, nets = inversion_of(made.ws, "hyperstyle", codes), made.nets._replace(hyper=hyper)
+    named = load_transformations(made.run.folder / "ckpt" / "transformations.json")
+    plan = augment.plan_images(made.sources.assign(lesion_id="l", label=0), named, True, 0)
+    drawn = augment.render_rows(nets, plan, bent, named)
+    for i in (0, 31, 70):
+        row, place = plan.iloc[i], [int(plan.source[i])]
+        moved = move(made.ws[place], named[row.transformation].direction, row.alpha, named[row.transformation].layers)
+        assert torch.allclose(drawn[i], render_tuned(hyper, made.g, moved, codes[place])[0], atol=1e-4)
+        assert (drawn[i] - render(made.g, moved)[0]).abs().max() > 1e-2
 
 
 def test_one_sign_is_drawn_where_every_training_image_is_inverted(tmp_path):
-    run, g, sources, ws = make_run(tmp_path, inverted=40)
-    frame, _ = augment.augment_sources(run, g, sources, ws)
+    run, nets, sources, inverted = make_run(tmp_path, inverted=40)
+    frame, _ = augment.augment_sources(run, nets, sources, inverted)
     assert len(frame) == 40 * 3 and 30 < (frame.alpha > 0).sum() < 90
 
 
@@ -133,11 +161,11 @@ def test_a_killed_making_goes_on_to_the_same_store(tmp_path, monkeypatch):
 
 
 def test_a_generator_without_named_directions_makes_nothing_and_says_so(tmp_path):
-    run, g, sources, ws = make_run(tmp_path)
+    run, nets, sources, inverted = make_run(tmp_path)
     save_transformations(run.path("ckpt", "transformations.json"), dict.fromkeys(NAMES))
-    frame, _ = augment.augment_sources(run, g, sources, ws)
+    frame, _ = augment.augment_sources(run, nets, sources, inverted)
     assert frame.empty and not (run.folder / "lmdb" / "synthetic").exists()
-    first, again = augment.table1(run, frame, "LPIPS-random"), augment.augment_sources(run, g, sources, ws)[0]
+    first, again = augment.table1(run, frame, "LPIPS-random"), augment.augment_sources(run, nets, sources, inverted)[0]
     assert first.value.isna().all() and (first.reason != "").all() and again.empty
     assert augment.set_table(run, again).value.eq(0).all() and allot.draw_set(run, "2k", 40) == []
 
@@ -157,10 +185,10 @@ def test_a_planted_foreign_source_is_found(made, change, word):
 
 
 def test_an_inverted_holdout_image_never_becomes_a_synthetic_one(tmp_path):
-    run, g, sources, ws = make_run(tmp_path)
+    run, nets, sources, inverted = make_run(tmp_path)
     sources.loc[3, "source_id"] = "holdout3"
     with pytest.raises(DataRefused, match="not in train"):
-        augment.augment_sources(run, g, sources, ws)
+        augment.augment_sources(run, nets, sources, inverted)
     assert not (run.folder / "tables" / "synthetic.csv").exists()
 
 
@@ -217,7 +245,7 @@ def test_the_sheet_leaves_an_unearned_name_empty(made):
     train = open_images(made.run, "train")
     kinds = [int(train.labels[train.ids.index(made.sources.source_id[i])]) for i in rows]
     assert len(set(kinds)) == 4
-    fig, data = augment.draw_sheet(made.run, made.g, made.sources, made.ws, rows)
+    fig, data = augment.draw_sheet(made.run, made.nets, made.sources, made.inverted, rows)
     assert len(fig.axes) == 4 * 7 and data.lpips_last3[data.column == "SV"].isna().all()
     assert data.lpips_last3[data.column == "PS"].notna().all()
     texts = [t.get_text() for ax in fig.axes for t in ax.texts]

@@ -16,9 +16,9 @@ matplotlib.use("Agg")
 TOP = Path(__file__).resolve().parent.parent
 FIGURES = ["fig1_pipeline", "fig2_samples", "fig4_transformations", "figA1_transformations", "fig5_recall", "fig6_confusion"]
 TABLES = ["table1_lpips", "table2_balanced_accuracy", "table3_auc", "table_dataset", "table_gan", "table_inversion",
-          "table_directions"]
+          "table_inversion_methods", "table_directions"]
 KEYS = {"table1_lpips": ["transformation", "metric"], "table2_balanced_accuracy": ["architecture", "filtered", "set"],
-        "table3_auc": ["set", "class"], "table_gan": ["metric"], "table_inversion": ["method", "metric"],
+        "table3_auc": ["set", "class"], "table_gan": ["metric"], "table_inversion": ["method", "metric"], "table_inversion_methods": ["method", "metric"],
         "table_directions": ["direction", "layers", "attribute"], "table_dataset": ["set", "class"]}
 
 
