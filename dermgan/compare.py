@@ -143,7 +143,7 @@ def image_rows(
                  f"{label}_last3": lpips(drawn, images, "last3")}
     return [{"method": name, "metric": metric} | mean_interval(values) for metric, values in found.items()]
 
-# %% ../nbs/08_compare.ipynb #64db2181
+# %% ../nbs/08_compare.ipynb #81048bee
 def cost_rows(
     name: str,  # of the method
     f: Inversion,  # its inversions
@@ -182,7 +182,7 @@ def edit_rows(
 def reconstructions(
     run: Run,  # its training images
     nets: Nets,  # its networks
-) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, Inversion]]:  # images; drawn and inverted, by method
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, Inversion]]:  # images; drawn, inverted by method
     "The held-out images, as two baselines and every method draw them."
     _, images, found = comparison(run, nets)
     mean = factorize.render(nets.g, nets.g.w_avg.expand(1, nets.g.num_ws, -1))
