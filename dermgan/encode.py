@@ -27,16 +27,16 @@ from .metrics import open_lpips
 from .stylegan2 import Generator
 from .trunk import Critic, Encoder, Heads, Pyramid, Unit, trunk_strides
 
-# %% ../nbs/07_encode.ipynb #24e642ad
+# %% ../nbs/07_encode.ipynb #6a5a13e8
 def active_offsets(
-    share: float,  # of the training, 0 to 1
-    start: float,  # share at which the first offset is switched on
-    every: float,  # share between one offset and the next
-    num_ws: int,  # codes an image
-) -> int:  # offsets in use, 0 to num_ws - 1
-    "How many offsets are trained at this time: none, then one more at regular intervals."
-    reached = (share - start) / every if every else math.inf
-    return 0 if share < start else min(num_ws - 1, 1 + math.floor(min(reached + 1e-9, num_ws)))
+    kimg: float,  # thousands of images seen
+    start: float,  # kimg before the first offset
+    every: float,  # kimg between offsets; 0 uses all from the start on
+    num_ws: int,  # layers
+) -> int:  # 0 to num_ws - 1
+    "How many layers may differ from the first code by now (progressive training, Tov et al. 2021)."
+    reached = (kimg - start) / every if every else math.inf
+    return 0 if kimg < start else min(num_ws - 1, 1 + math.floor(min(reached + 1e-9, num_ws)))
 
 
 def delta_penalty(
@@ -146,7 +146,7 @@ def reconstruct(
         parts["feature"] = (1 - F.cosine_similarity(features(images), wanted)).mean()
     return ws, parts
 
-# %% ../nbs/07_encode.ipynb #d77f70f8
+# %% ../nbs/07_encode.ipynb #b05c1fb7
 def train_critic(
     t: Fit,  # its critic and pool change
     p: Profile,  # settings
@@ -169,14 +169,14 @@ def descend(
     t: Fit,  # its net changes
     p: Profile,  # rate, and when it drops
     loss: torch.Tensor,  # to be lowered
-    share: float,  # of the training that is done
+    kimg: float,  # thousands of images seen
 ) -> None:
     "One step of the encoder's optimiser, its gradient no longer than `enc_clip`; 0 does not clip."
     t.opt.zero_grad(set_to_none=True)
     loss.backward()
     if p.enc_clip:
         nn.utils.clip_grad_norm_(t.net.parameters(), p.enc_clip)
-    t.opt.param_groups[0]["lr"] = p.enc_lr * (0.1 if share >= p.enc_drop else 1)
+    t.opt.param_groups[0]["lr"] = p.enc_lr * (0.1 if 0 < p.enc_drop_kimg <= kimg else 1)
     t.opt.step()
 
 
@@ -204,8 +204,8 @@ def fit_step(
 ) -> dict[str, torch.Tensor]:  # losses
     "One training step, a pure function of the state, the seed and the step."
     gen = rng(seed, "encoder", t.step)
-    total = max(1, round(p.enc_kimg * 1000 / p.enc_batch))
-    stage = active_offsets(t.step / total, p.enc_start, p.enc_every, g.num_ws)
+    kimg = t.step * p.enc_batch / 1000
+    stage = active_offsets(kimg, p.enc_start_kimg, p.enc_every_kimg, g.num_ws)
     targets = to_float(images.batch(batch_indices(len(images), p.enc_batch, seed, t.step))).to(g.w_avg.device)
     ws, parts = reconstruct(t, p, g, lpips, features, flip_and_crop(targets, 1.0, gen), stage)
     codes = ws[:, :stage + 1].flatten(0, 1)
@@ -213,7 +213,7 @@ def fit_step(
         parts["adv"] = generator_loss(t.critic.requires_grad_(False)(codes))
     if p.enc_synthetic_weight:
         parts["synthetic"] = code_loss(t.net, g, p.enc_batch, stage, gen)
-    descend(t, p, weigh(parts, p), t.step / total)
+    descend(t, p, weigh(parts, p), kimg)
     if p.enc_adv_weight:
         t.critic.requires_grad_(True)
         parts["critic"] = train_critic(t, p, g, codes, gen)
@@ -265,7 +265,7 @@ def fast_precision(
     g.synthesis.compute_dtype = kinds[chosen]
     return chosen
 
-# %% ../nbs/07_encode.ipynb #d1b826c1
+# %% ../nbs/07_encode.ipynb #20a56fc7
 NETS = ("net", "ema", "critic", "opt", "opt_critic")
 PARTS = ("pool", "step", "best", "history")
 
@@ -280,6 +280,7 @@ def fitted_by(
                     delta_penalty, code_loss, weigh, begin_fit, reconstruct, train_critic, descend, average_step,
                     fit_step, losses, batch_indices, flip_and_crop)
     kept = {k: v for k, v in vars(run.profile).items() if k.startswith("enc_") or k in GAN_KEYS}
+    kept.pop("enc_kimg")  # a longer training begins as a shorter one
     facts = {"seed": run.seed, "lpips": lpips.name, "generator": decoder_key(g), "code": code}
     return json.loads(json.dumps(kept | facts))
 

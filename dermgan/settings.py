@@ -50,7 +50,7 @@ class DiskFull(DermganError):
 class NotFinite(DermganError):
     "A tensor holds NaN or infinity; the last good checkpoint is kept."
 
-# %% ../nbs/00_settings.ipynb #a5e568dc
+# %% ../nbs/00_settings.ipynb #c0010b24
 CLASSES = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
 SETS = ("baseline", "2k", "4k", "6k", "8k", "10k")
 
@@ -72,11 +72,11 @@ class Profile:
     factor_variant: Literal["sefa", "raw"]; factor_images: int
     invert_space: Literal["w", "w+"]; invert_steps: int; invert_batch: int; invert_sources: int
     enc_width: int; enc_units: tuple[int, ...]
-    enc_kimg: float; enc_batch: int; enc_lr: float; enc_start: float; enc_every: float
+    enc_kimg: float; enc_batch: int; enc_lr: float; enc_start_kimg: float; enc_every_kimg: float
     enc_l2_weight: float; enc_lpips_weight: float; enc_delta_weight: float; enc_adv_weight: float
     enc_features: Literal["none", "moco"]; enc_feature_weight: float; enc_synthetic_weight: float
     enc_critic_lr: float; enc_r1_gamma: float; enc_r1_every: int; enc_pool: int
-    enc_ema_kimg: float; enc_tick_kimg: float; enc_drop: float; enc_clip: float
+    enc_ema_kimg: float; enc_tick_kimg: float; enc_drop_kimg: float; enc_clip: float
     hyper_width: int; hyper_units: tuple[int, ...]; hyper_code: int
     hyper_kimg: float; hyper_batch: int; hyper_lr: float; hyper_passes: int; hyper_ramp: float
     hyper_l2_weight: float; hyper_lpips_weight: float; hyper_start: Literal["w+", "w"]

@@ -47,7 +47,7 @@ class Set(list):
 
 
 def tiny(**changes):
-    return replace(read_profile("smoke"), enc_batch=4, enc_kimg=0.04, enc_start=0.2, enc_every=0.1, precision="fp32", **changes)
+    return replace(read_profile("smoke"), enc_batch=4, enc_kimg=0.04, enc_start_kimg=0.008, enc_every_kimg=0.004, precision="fp32", **changes)
 
 
 # the network, from its tensors alone
@@ -161,7 +161,7 @@ def test_gradients_of_batched_heads_equal_those_of_separate_heads():
 
 def test_offsets_are_switched_on_as_published():
     for step in (0, 19_999, 20_000, 21_999, 22_000, 47_999, 48_000, 199_999):
-        assert active_offsets(step / 200_000, 0.1, 0.01, 16) == (0 if step < 20_000 else min(15, (step - 20_000) // 2000 + 1))
+        assert active_offsets(step * 8 / 1000, 160, 16, 16) == (0 if step < 20_000 else min(15, (step - 20_000) // 2000 + 1))
 
 
 def test_delta_penalty_and_the_pool_by_loops():
@@ -266,7 +266,7 @@ def test_convergence_is_the_gain_of_the_last_quarter():
 # the training of a run
 
 CHANGES = {"image_px": "16", "phantom_lesions": "60", "z_dim": "8", "w_dim": "8", "enc_batch": "4", "enc_kimg": "0.016", "enc_tick_kimg": "0.008",
-           "enc_width": "2", "enc_start": "0.2", "enc_every": "0.2", "enc_pool": "6", "enc_lpips_weight": "0.8", "enc_synthetic_weight": "0.5", "precision": "fp32"}
+           "enc_width": "2", "enc_start_kimg": "0.008", "enc_every_kimg": "0.008", "enc_pool": "6", "enc_lpips_weight": "0.8", "enc_synthetic_weight": "0.5", "precision": "fp32"}
 CHILD = """
 import sys
 from pathlib import Path
