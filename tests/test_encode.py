@@ -338,6 +338,26 @@ def test_two_steps_and_two_more_are_four_in_every_tensor(start, done, tmp_path, 
     equal_runs(done, other)
 
 
+def test_a_training_that_is_lengthened_is_the_longer_one(start, done, tmp_path):
+    short = replace(start, profile=replace(start.profile, enc_kimg=0.008))
+    other = replace(copy_run(start, tmp_path), profile=short.profile)
+    train_encoder(other)
+    assert load_state(other.path("ckpt", "encoder.pt"))["step"] == 2
+    train_encoder(replace(other, profile=start.profile))
+    equal_runs(done, other)
+
+
+def test_the_rate_drops_once_and_the_gradient_is_limited():
+    g = generator()
+    for p, kimg, scale, limit in ((tiny(enc_drop_kimg=0.0, enc_clip=0.0), 9.0, 1, None), (tiny(enc_drop_kimg=0.5, enc_clip=1e-3), 0.4, 1, 1e-3),
+                                  (tiny(enc_drop_kimg=0.5, enc_clip=1e-3), 0.5, 0.1, 1e-3)):
+        t = begin_fit(p, g, 0)
+        encode.descend(t, p, 100 * t.net(torch.ones(2, 3, 16, 16)).square().sum(), kimg)
+        length = math.sqrt(sum(float(q.grad.double().square().sum()) for q in t.net.parameters() if q.grad is not None))
+        assert t.opt.param_groups[0]["lr"] == pytest.approx(scale * p.enc_lr)
+        assert length > 1 if limit is None else length == pytest.approx(limit, rel=1e-3)
+
+
 def test_killed_by_the_system_and_resumed(start, done, tmp_path):
     other = copy_run(start, tmp_path)
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -439,7 +459,6 @@ def test_a_diverged_training_stops_and_keeps_its_last_good_checkpoint(done, tmp_
     other = copy_run(done, tmp_path)
     longer = replace(other, profile=replace(other.profile, enc_kimg=0.024))
     state = load_state(other.path("ckpt", "encoder.pt"))
-    state["made_by"]["enc_kimg"] = 0.024
     state["net"]["heads.0.weight"].fill_(math.nan)
     core.save_atomic(other.path("ckpt", "encoder.pt"), state)
     with pytest.raises(NotFinite) as error:
