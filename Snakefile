@@ -11,8 +11,9 @@ run = read_run(Path.cwd())
 stages = plan()
 grid = cells(run.profile) if "11_classify" in stages else []
 cell_file = "ckpt/classify/{0}-{1}-plain-s{2}.json"
-# A narrow GAN steps faster on one thread than on two (benchmarks/gan_threads.py), and leaves the other core to other stages.
-whole_machine = {"07_invert", "08_hypertrain"} | ({"05_gan"} if run.profile.channel_base >= 2048 else set())
+# Narrow networks step faster on one thread than on two (benchmarks/gan_threads.py), and leave the other core to other stages.
+wide = {"05_gan", "07_invert", "07_encode", "08_hypertrain", "08_hyperstyle", "08_compare"}
+whole_machine = wide if run.profile.channel_base >= 2048 else set()
 
 
 def waits_for(stage):
