@@ -6,11 +6,11 @@ import argparse
 import copy
 import resource
 from pathlib import Path
-from types import SimpleNamespace
+
+from common import report, seconds
 
 import torch
 
-from common import report, seconds
 from dermgan.core import read_run, rng
 from dermgan.hyperstyle import Nets, invert, open_nets
 from dermgan.hypertrain import Frozen, Losses, begin_hyper, convolution_precision, hyper_step
@@ -40,21 +40,25 @@ def training_peak(p, nets: Nets) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-parser = argparse.ArgumentParser()
-parser.add_argument("--run", type=Path)
-asked = parser.parse_args()
-run = read_run(asked.run) if asked.run else None
-p = run.profile if run else read_profile("ham")
-nets = open_nets(run)._replace(lpips=None) if run else untrained(p)
-images = torch.rand(64, 3, p.image_px, p.image_px, generator=rng(0, "images")) * 2 - 1
-more = {"n": len(images), "image_px": p.image_px, "networks": "trained" if run else "untrained, of the profile's shapes"}
-rates = {}
-for method, bound in (("hyperstyle", 20.0), ("e4e", None)):
-    work = lambda: invert(images, method, nets=nets, batch=32)
-    work()
-    rates[method] = len(images) / seconds(work)
-    report(f"invert_{method}", rates[method], "images/s", bound, **more)
-steps = 10
-each = seconds(lambda: invert(images[:32], "projector", nets=nets, space="w", steps=steps), 3) / 32 / steps
-report("invert_projector_w", 1 / (500 * each), "images/s", None, steps="500, from the time of 10", hyperstyle_is_faster=rates["hyperstyle"] * 500 * each, **more)
-report("hyperstyle_training_memory", training_peak(p, nets), "MiB", 6144.0, **more)
+def main() -> None:
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("--run", type=Path)
+    options = words.parse_args()
+    run = read_run(options.run) if options.run else None
+    p = run.profile if run else read_profile("ham")
+    nets = open_nets(run)._replace(lpips=None) if run else untrained(p)
+    images = torch.rand(64, 3, p.image_px, p.image_px, generator=rng(0, "images")) * 2 - 1
+    facts, rates = {"n": len(images), "image_px": p.image_px, "networks": "trained" if run else "untrained, of the profile's shapes"}, {}
+    for method, bound in (("hyperstyle", 20.0), ("e4e", None)):
+        invert(images, method, nets=nets, batch=32)
+        rates[method] = len(images) / seconds(lambda: invert(images, method, nets=nets, batch=32))
+        report(f"invert_{method}", rates[method], "images/s", bound, **facts)
+    search = lambda steps: seconds(lambda: invert(images[:32], "projector", nets=nets, space="w", steps=steps), 3) / 32
+    each = 500 * (search(15) - search(5)) / 10
+    report("invert_projector_w", 1 / each, "images/s", None, steps="500, from the difference of 15 and 5",
+           times_hyperstyle=round(rates["hyperstyle"] * each, 1), times_e4e=round(rates["e4e"] * each, 1), **facts)
+    report("hyperstyle_training_memory", training_peak(p, nets), "MiB", 6144.0, **facts)
+
+
+if __name__ == "__main__":
+    main()

@@ -119,7 +119,7 @@ def check_provenance(
                           "Make them again: delete tables/synthetic.csv.")
     return len(frame)
 
-# %% ../nbs/10_augment.ipynb #14a32a06
+# %% ../nbs/10_augment.ipynb #1186d1c5
 def made_by(
     run: Run,  # its settings
     sources: pd.DataFrame,  # source_id of each inverted image
@@ -130,10 +130,11 @@ def made_by(
     "What the synthetic images depend on."
     steps = {name: [t.number, t.layers, t.alpha, t.direction.tolist()] for name, t in named.items() if t}
     p, sums = run.profile, [float(x.double().sum()) for x in (inverted.ws, inverted.codes)]
+    code = code_key(plan_images, measure_sources, render_rows, draw, move, gate)
     return {"drawn by": inverted.made_for, "inverted by": inverted.method,
             "sources": short_key([sources.source_id.tolist(), *sums]), "steps": short_key(steps),
             "metric": metric, "lpips_max": p.lpips_max, "quantile": p.lpips_random_quantile,
-            "run seed": run.seed, "code": code_key(plan_images, measure_sources, render_rows, draw, move, gate)}
+            "run seed": run.seed, "code": code}
 
 
 def measure_plan(

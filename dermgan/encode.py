@@ -265,7 +265,7 @@ def fast_precision(
     g.synthesis.compute_dtype = kinds[chosen]
     return chosen
 
-# %% ../nbs/07_encode.ipynb #20a56fc7
+# %% ../nbs/07_encode.ipynb #274b6abb
 NETS = ("net", "ema", "critic", "opt", "opt_critic")
 PARTS = ("pool", "step", "best", "history")
 
@@ -277,8 +277,8 @@ def fitted_by(
 ) -> dict:  # what an encoder depends on
     "The settings, generator and code that an encoder depends on."
     code = code_key(Unit, Heads, trunk_strides, Pyramid, Encoder, Critic, exchange, active_offsets,
-                    delta_penalty, code_loss, weigh, begin_fit, reconstruct, train_critic, descend, average_step,
-                    fit_step, losses, batch_indices, flip_and_crop)
+                    delta_penalty, code_loss, weigh, begin_fit, reconstruct, train_critic, descend,
+                    average_step, fit_step, losses, batch_indices, flip_and_crop)
     kept = {k: v for k, v in vars(run.profile).items() if k.startswith("enc_") or k in GAN_KEYS}
     kept.pop("enc_kimg")  # a longer training begins as a shorter one
     facts = {"seed": run.seed, "lpips": lpips.name, "generator": decoder_key(g), "code": code}
