@@ -5,8 +5,8 @@ __all__ = ['Tuning', 'distance_to', 'tune_pivot', 'draw_pivot', 'Nets', 'Inversi
            'invert', 'render', 'draw', 'pick', 'save_inverted', 'load_inverted', 'join', 'inverted_sources',
            'method_settings']
 
-# %% ../nbs/08_hyperstyle.ipynb #fa541496
-import copy, time
+# %% ../nbs/08_hyperstyle.ipynb #59f650b1
+import copy, time, warnings
 from pathlib import Path
 from typing import Callable, Literal, NamedTuple, Sequence
 
@@ -26,7 +26,7 @@ from .metrics import open_lpips
 from .stylegan2 import Generator
 from .trunk import check_images
 
-# %% ../nbs/08_hyperstyle.ipynb #2f1f894c
+# %% ../nbs/08_hyperstyle.ipynb #67545afa
 class Tuning(NamedTuple):
     "How pivotal tuning tunes."
 
@@ -46,7 +46,9 @@ def distance_to(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # mean squared error, LPIPS (0 without), [N] each
     "How far drawn images are from wanted ones, with gradients."
     l2 = (drawn - target).square().mean((1, 2, 3))
-    return l2, lpips(drawn.clamp(-1, 1), target.clamp(-1, 1)) if lpips else torch.zeros_like(l2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "LPIPS got images")  # one bright image may have nothing negative
+        return l2, lpips(drawn.clamp(-1, 1), target.clamp(-1, 1)) if lpips else torch.zeros_like(l2)
 
 
 def tune_pivot(

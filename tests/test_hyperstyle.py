@@ -388,3 +388,12 @@ def test_the_table_of_methods_and_the_profiles_choice(run, monkeypatch):
         ids, found = hyperstyle.inverted_sources(chosen)
         again = hyperstyle.inverted_sources(chosen)
         assert len(ids) == 9 and again[0] == ids and torch.equal(again[1].ws, found.ws) and found.method == method
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_bright_image_is_measured_without_a_warning():
+    bright = torch.full((1, 3, 32, 32), 0.5)
+    from dermgan.hyperstyle import distance_to
+    from dermgan.metrics import open_lpips
+    l2, distance = distance_to(bright, bright - 0.25, open_lpips(None))
+    assert l2.item() == 0.0625 and distance.item() >= 0
