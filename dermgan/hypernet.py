@@ -206,18 +206,22 @@ class HyperNet(nn.Module):
         "The codes before the first pass: zeros, which leave the generator as it is."
         return torch.zeros(count, len(self.layers), self.code + 1).to(next(self.parameters()))
 
-# %% ../nbs/08_hypernet.ipynb #5a267745
+# %% ../nbs/08_hypernet.ipynb #da23f332
 def tuned_conv(
     x: torch.Tensor,  # [N, I, H, W]
     weight: torch.Tensor,  # of each image, [N, O, I, 3, 3]
     up: bool,  # double the size
+    grouped_px: int = 16,  # largest plane for which a grouped convolution is the faster one
 ) -> torch.Tensor:  # [N, O, H, W] or [N, O, 2H, 2W]
     "Convolve each image with its own weights."
-    pairs = zip(x.split(1), weight.to(x.dtype))
+    n, small = len(x), x.shape[3] * (1 + up) <= grouped_px
+    weight = weight.to(x.dtype).transpose(1, 2) if up else weight.to(x.dtype)
+    pairs = [(x.reshape(1, -1, *x.shape[2:]), weight.flatten(0, 1))] if small else zip(x.split(1), weight)
+    groups = n if small else 1
     if not up:
-        return torch.cat([F.conv2d(one, w, padding=1) for one, w in pairs])
-    doubled = [F.conv_transpose2d(one, w.transpose(0, 1), stride=2) for one, w in pairs]
-    return fir(torch.cat(doubled), padding=1, gain=4.0)
+        return torch.cat([F.conv2d(y, w, padding=1, groups=groups) for y, w in pairs]).view(n, -1, *x.shape[2:])
+    doubled = torch.cat([F.conv_transpose2d(y, w, stride=2, groups=groups) for y, w in pairs])
+    return fir(doubled.view(n, -1, *doubled.shape[2:]), padding=1, gain=4.0)
 
 
 def tuned_layer(
@@ -227,9 +231,11 @@ def tuned_layer(
     offset: torch.Tensor,  # of its weights, [N, O, I, k, k]
 ) -> torch.Tensor:  # [N, O, H, W] or [N, O, 2H, 2W]
     "A style layer with weights W (1 + offset), under the generator's fixed noise."
-    plain, style, gain = layer.weight.to(offset.dtype), layer.affine(w), math.sqrt(2)
-    weight = torch.addcmul(plain, plain, offset)
-    lengths = (weight.to(style.dtype).square().sum((3, 4)) @ style.square()[:, :, None])[:, :, 0]
+    tuned, style, gain = (1 + offset).permute(0, 1, 3, 4, 2), layer.affine(w), math.sqrt(2)
+    plain = layer.weight.permute(0, 2, 3, 1).contiguous()
+    weight = (plain.to(offset.dtype) * tuned).permute(0, 1, 4, 2, 3)
+    energy = plain.square() if offset.shape[-1] > 1 else plain.square().sum((1, 2), keepdim=True)
+    lengths = ((energy * tuned.to(style.dtype).square()).sum((2, 3)) @ style.square()[:, :, None])[:, :, 0]
     factor = (torch.rsqrt(lengths + 1e-8) * gain).to(x.dtype)[:, :, None, None]
     x = tuned_conv(x * style.to(x.dtype)[:, :, None, None], weight, layer.up) * factor
     noise = layer.noise_const * layer.noise_strength * gain
@@ -254,7 +260,7 @@ def synthesize_tuned(
         image = rgb if block.first else upsample(image) + rgb
     return image
 
-# %% ../nbs/08_hypernet.ipynb #52a037ec
+# %% ../nbs/08_hypernet.ipynb #10e4639a
 def refinements(
     hyper: HyperNet,  # the hypernetwork
     g: Generator,  # without gradients for its weights
@@ -306,7 +312,7 @@ def refine(
     images: torch.Tensor,  # wanted, [N, 3, H, W] in [-1, 1]
     ws: torch.Tensor,  # style codes of the encoder, [N, L, w_dim]
     passes: int,  # T; 0 is the encoder alone
-    batch_images: int = 16,  # images at a time
+    batch_images: int = 32,  # images at a time
 ) -> torch.Tensor:  # summed codes, [N, L, c + 1]
     "The summed codes of images after all passes."
     parts = [hyper.nothing(0)]
