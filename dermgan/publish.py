@@ -4,15 +4,15 @@
 __all__ = ['provenance', 'publish_weights', 'model_card', 'copy_outputs', 'lighter', 'clean_outputs', 'promote', 'readme_text',
            'write_readme']
 
-# %% ../nbs/16_publish.ipynb #67a1dbb2
+# %% ../nbs/16_publish.ipynb #34a6ba99
 import base64, io, json, os, shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from .core import DataRefused, Run, file_sha256, git_state, load_weights, save_weights, write_text
+from .core import Run, file_sha256, git_state, load_weights, save_weights, write_text
 from .report import environment_of, notebook_cells, stage_logs
 
-# %% ../nbs/16_publish.ipynb #581e9937
+# %% ../nbs/16_publish.ipynb #8907c822
 def provenance(
     run: Run,  # the run
     folder: Path,  # the published files
@@ -32,20 +32,22 @@ def publish_weights(
     run: Run,  # the run
     folder: Path,  # where they go
     limit_mib: float = 16,  # largest file that a repository should carry
-) -> None:
-    "Copy the weights that the run keeps, in half precision, with a card. DataRefused where one is too large."
+) -> list[str]:  # weights that are too large, each with its size and digest
+    "Copy the weights that the run keeps, in half precision, with a card."
     places = [place for place in (run.folder / "ckpt", run.published) if place]
     kept = {path.name: path for place in places for path in sorted(place.glob("*.safetensors"))}
+    left = []
     for source in kept.values():
         tensors, facts = load_weights(source)
         half = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
         size = sum(v.numel() * v.element_size() for v in half.values()) / 2**20
         if size > limit_mib:
-            raise DataRefused(f"{source.name} has {size:.0f} MiB in half precision.",
-                              f"The limit is {limit_mib:g} MiB.", "Publish it elsewhere, or make it smaller.")
+            left.append(f"{source.name}: {size:.0f} MiB, over {limit_mib:g}; sha256 {file_sha256(source)}")
+            continue
         save_weights(folder / source.name, half, facts)
         if source.name == "generator.safetensors":
             write_text(folder / "MODEL_CARD.md", model_card(run, size))
+    return left
 
 
 def model_card(
@@ -141,7 +143,7 @@ def clean_outputs(
             output["execution_count"] = None
     return kept
 
-# %% ../nbs/16_publish.ipynb #67f175ef
+# %% ../nbs/16_publish.ipynb #ed5325c4
 def promote(
     run: Run,  # a finished run
     top: Path,  # the repository
@@ -153,8 +155,9 @@ def promote(
     try:
         for path in sorted([*run.folder.glob("figures/[!.]*"), *run.folder.glob("tables/[!.]*")]):
             shutil.copyfile(path, fresh / path.name)
-        publish_weights(run, fresh)
-        write_text(fresh / "PROVENANCE.json", json.dumps(provenance(run, fresh), indent=1) + "\n")
+        large = publish_weights(run, fresh)
+        facts = provenance(run, fresh) | {"left_out": large}
+        write_text(fresh / "PROVENANCE.json", json.dumps(facts, indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         fresh.rename(folder)
     finally:
@@ -162,7 +165,7 @@ def promote(
     left = copy_outputs(run, top / "nbs") if run.profile.name == "quick" else []
     if run.profile.name == "quick":
         write_readme(top)
-    lines = [f"Left as it was: {line}" for line in left]
+    lines = [f"Left out: {line}" for line in large] + [f"Left as it was: {line}" for line in left]
     return "\n".join([f"Promoted to figures/{run.profile.name}/.", *lines])
 
 # %% ../nbs/16_publish.ipynb #70220038
