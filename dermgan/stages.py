@@ -14,7 +14,7 @@ from .core import (ConfigError, DataMissing, Profile, Run, code_meaning, read_ru
                           write_text)
 from .report import notebook_cells, stage_logs
 
-# %% ../nbs/17_stages.ipynb #20bc4571
+# %% ../nbs/17_stages.ipynb #15b1255d
 NEEDS = {
     "00_settings": (),
     "00_core": ("00_settings",),
@@ -38,8 +38,11 @@ NEEDS = {
     "08_hypertrain": ("07_encode", "08_hypernet"),
     "08_hyperstyle": ("08_hypertrain",),
     "08_compare": ("06_factorize", "07_invert", "08_hyperstyle"),
-    "09_explore": ("06_factorize", "08_hyperstyle"),
-    "10_augment": ("10_allot", "06_factorize", "08_hyperstyle", "09_explore"),
+    "09_directions": ("06_factorize",),
+    "09_review": ("07_encode", "09_directions"),
+    "09_frames": ("08_hyperstyle", "09_review"),
+    "09_explore": ("09_frames",),
+    "10_augment": ("10_allot", "08_hyperstyle", "09_review"),
     "10_allot": ("02_phantom",),
     "11_classify": ("02_phantom",),
     "12_results": ("08_compare", "10_augment", "11_classify"),
