@@ -234,7 +234,7 @@ def merge_reviews(
     columns = ["reviewers", "value", "low", "high", "n", "agreement"]
     return Review(a.generator or b.generator, rows), pd.DataFrame(agreement, columns=columns)
 
-# %% ../nbs/09_review.ipynb #1d646a9e
+# %% ../nbs/09_review.ipynb #70e59d8c
 def chosen(
     rows: list[tuple[Row, str, float]],  # from `match_review`
     suggested: dict[str, Transformation | None],  # the machine's, by the paper's names
@@ -260,10 +260,11 @@ def chosen(
 def review_run(
     run: Run,  # where the result is kept
     g: Generator,  # its generator
+    path: Path | None = None,  # of the review; None is figures/<profile>/directions.yaml
 ) -> tuple[dict[str, tuple[Transformation | None, str]], list[tuple[Row, str, float]]]:  # chosen, and every row
     "Set the committed review beside the run's candidates and write down what later stages use."
     generator = decoder_key(g)
-    rows = match_review(load_review(review_path(run.profile.name)), load_candidates(run), generator)
+    rows = match_review(load_review(path or review_path(run.profile.name)), load_candidates(run), generator)
     picks = chosen(rows, load_transformations(run.path("ckpt", "suggested.json")))
     facts = {"generator": generator, "status": {name: state for name, (_, state) in picks.items()}}
     save_transformations(run.path("ckpt", "reviewed.json"), {name: t for name, (t, _) in picks.items()}, facts)

@@ -14,7 +14,7 @@ from .core import (ConfigError, DataMissing, Profile, Run, code_meaning, read_ru
                           write_text)
 from .report import notebook_cells, stage_logs
 
-# %% ../nbs/17_stages.ipynb #15b1255d
+# %% ../nbs/17_stages.ipynb #b8ef4bcd
 NEEDS = {
     "00_settings": (),
     "00_core": ("00_settings",),
@@ -41,7 +41,8 @@ NEEDS = {
     "09_directions": ("06_factorize",),
     "09_review": ("07_encode", "09_directions"),
     "09_frames": ("08_hyperstyle", "09_review"),
-    "09_explore": ("09_frames",),
+    "09_panel": ("09_frames",),
+    "09_explore": ("09_panel",),
     "10_augment": ("10_allot", "08_hyperstyle", "09_review"),
     "10_allot": ("02_phantom",),
     "11_classify": ("02_phantom",),
