@@ -5,7 +5,7 @@ __all__ = ['EFFECTS', 'WISHES', 'PLANTED', 'attributes', 'jacobian', 'mixes', 'e
            'selectivity', 'effect_vector', 'duplicates', 'thirteen', 'curve', 'planted', 'fit_reader', 'measure_group',
            'true_name', 'measure_source', 'study_candidates', 'load_candidates', 'open_reader', 'found_table', 'sheet']
 
-# %% ../nbs/09_directions.ipynb #825b8ba7
+# %% ../nbs/09_directions.ipynb #1e42027a
 import json
 from pathlib import Path
 from typing import Callable, Literal, NamedTuple
@@ -14,7 +14,8 @@ import numpy as np, pandas as pd, torch
 
 from .core import Run, code_key, progress, write_text
 from .attributes import lesion_attributes
-from .factorize import (NAMES, RULES, STEP_SHARE, Directions, Layers, Transformation, draw_codes, effects,
+from .factorize import (NAMES, RULES, STEP_SHARE, Directions, Layers, Transformation, draw_codes,
+                               effects,
                                factorize, fix_signs, generator_key, group_effects, layer_groups, layers_label,
                                lpips_of_step, mean_interval, merit, move, render, same_direction,
                                save_transformations, step_std, style_inputs, unrelated_lpips)
@@ -38,7 +39,7 @@ def attributes(
     aspect = -0.5 * np.log(np.maximum(1 - frame.eccentricity**2, 1e-4))
     return frame.assign(stretch_x=aspect * np.cos(angle), stretch_d=aspect * np.sin(angle))
 
-# %% ../nbs/09_directions.ipynb #adbd683d
+# %% ../nbs/09_directions.ipynb #24f6c97c
 def jacobian(
     g: Generator,  # in eval mode
     layers: Layers = "all",  # style inputs that move together
@@ -71,7 +72,8 @@ def mixes(
 ) -> list[Transformation]:  # one a wish, each with the step of its strongest part
     "Mix the directions of one range of layers so that side effects cancel."
     columns = [name for group in EFFECTS.values() for name in group]
-    wide = measured.pivot(index="direction", columns="attribute", values="value").loc[[t.number for t in moves]]
+    wide = measured.pivot(index="direction", columns="attribute",
+                          values="value").loc[[t.number for t in moves]]
     E = np.nan_to_num(wide[columns].to_numpy(float)) / np.array([[t.alpha] for t in moves])
     gram, found = E @ E.T, []
     for wishes in WISHES.values():
@@ -118,7 +120,7 @@ def gather(
                        for i, (v, unit) in enumerate(zip(some, step_std(g, some, 1024)))]
     return found
 
-# %% ../nbs/09_directions.ipynb #3225c64d
+# %% ../nbs/09_directions.ipynb #1f9e1428
 class Candidate(NamedTuple):
     "A direction, what it does and what it might be called."
 
@@ -146,8 +148,10 @@ def suggest(
     if scores[best] > 0:
         wanted = RULES[best][0]
         rest = next((group for group in ranked if group not in wanted), None)
-        beside = f"beside it {say(rest)} ({size[rest] / min(size[w] for w in wanted):.0%})" if rest else "alone"
-        return best, f"{best}: {' and '.join(map(say, wanted))} deviations a step, {beside}; {where}", scores[best]
+        part = size[rest] / min(size[w] for w in wanted) if rest else 0
+        beside = f"beside it {say(rest)} ({part:.0%})" if rest else "alone"
+        moved = " and ".join(map(say, wanted))
+        return best, f"{best}: {moved} deviations a step, {beside}; {where}", scores[best]
     if size[ranked[0]] < least:
         return "", f"no name: nothing moves by {least} deviations; {where}", 0.0
     return "", f"no name: {say(ranked[0])} and with it {say(ranked[1])}; {where}", 0.0
@@ -160,7 +164,7 @@ def selectivity(
     size = np.array([max(abs(effects.get(name, 0.0)) for name in group) for group in EFFECTS.values()])
     return float(size.max() / max(np.linalg.norm(size), 1e-12))
 
-# %% ../nbs/09_directions.ipynb #69c82c1a
+# %% ../nbs/09_directions.ipynb #70ba086d
 def effect_vector(
     c: Candidate,  # measured
 ) -> np.ndarray:  # what it does to the attributes of EFFECTS
@@ -173,7 +177,8 @@ def duplicates(
     by_effect: float = 0.95,  # least |cosine| of effects
 ) -> list[int]:  # place of the leader of each candidate's group
     "Group near-duplicates by angle and by effect; a leader is its own."
-    order = sorted(range(len(found)), key=lambda i: (found[i].merit, np.linalg.norm(effect_vector(found[i])), -i),
+    order = sorted(range(len(found)), key=lambda i: (found[i].merit,
+                                                     np.linalg.norm(effect_vector(found[i])), -i),
                    reverse=True)
     unit = [v / max(np.linalg.norm(v), 1e-12) for v in map(effect_vector, found)]
     leader = [-1] * len(found)
@@ -224,7 +229,7 @@ def curve(
     rows.append({"direction": c.key, "metric": f"monotone: {lead}", "steps": np.nan, **mean_interval(signed)})
     return pd.DataFrame(rows)
 
-# %% ../nbs/09_directions.ipynb #bc3f8372
+# %% ../nbs/09_directions.ipynb #b6670dad
 PLANTED = {"size": ("size",), "pigment": ("pigment",), "skin": ("background", "tone"),
            "shape": ("stretch_x", "stretch_d"), "position": ("x", "y")}
 
@@ -250,20 +255,22 @@ def fit_reader(
     fitted = min(fitted, int(0.8 * len(images)))
     mean, spread = factors[:fitted].mean(), factors[:fitted].std().clip(lower=1e-9)
     x = seen(to_float(images))
-    ridge = KernelRidge(kernel="rbf", gamma=0.003, alpha=0.03).fit(x[:fitted], (factors[:fitted] - mean) / spread)
+    ridge = KernelRidge(kernel="rbf", gamma=0.003, alpha=0.03).fit(x[:fitted],
+                                                                   (factors[:fitted] - mean) / spread)
     read = lambda pictures: pd.DataFrame(ridge.predict(seen(pictures)), columns=factors.columns)
     truth = (factors[fitted:] - mean) / spread
     wrong = (read(to_float(images[fitted:])).to_numpy() - truth) ** 2
     return read, 1 - wrong.mean() / truth.var(ddof=0)
 
-# %% ../nbs/09_directions.ipynb #d6d54143
+# %% ../nbs/09_directions.ipynb #708dc18e
 def measure_group(
     g: Generator,  # in eval mode
     source: str,  # of the directions
     moves: list[Transformation],  # of one range of layers, with their steps
     ws: torch.Tensor,  # style codes, [N, L, w_dim]
     read: Callable | None,  # reader of planted factors; None on data without a truth
-) -> tuple[list[Candidate], pd.DataFrame]:  # candidates; source, direction, layers, attribute, value, low, high, n, ...
+) -> tuple[list[Candidate],
+           pd.DataFrame]:  # candidates; source, direction, layers, attribute, value, low, high, n, ...
     "Measure the directions of one source and range, and suggest."
     both = attributes if read is None else lambda x: attributes(x).join(read(x).add_prefix("planted "))
     measured, found = effects(g, moves, ws, both), []
@@ -301,7 +308,8 @@ def measure_source(
         done = pd.read_csv(run.path("ckpt", "directions.csv"), dtype={"layers": str})
         known = done.groupby(["direction", "layers"]).alpha.first().to_dict()
     kept, found, frames = lpips.features(render(g, ws[:8])), [], []
-    step = lambda t, alpha: t._replace(alpha=equal_step(g, ws[:8], t._replace(alpha=alpha), lpips, kept, target,
+    step = lambda t, alpha: t._replace(alpha=equal_step(g, ws[:8], t._replace(alpha=alpha), lpips, kept,
+                                                        target,
                                                         float(step_std(g, t.direction[None], 1024))))
     for moves in gather(g, source, 8 if own else 5).values():
         label = layers_label(moves[0].layers)
@@ -309,12 +317,13 @@ def measure_source(
                  for t in moves]
         parts = [measure_group(g, source, moves, ws, read)]
         if own:
-            parts.append(measure_group(g, "mix", [step(t, t.alpha) for t in mixes(parts[0][1], moves)], ws, read))
+            parts.append(measure_group(g, "mix", [step(t, t.alpha) for t in mixes(parts[0][1], moves)], ws,
+                                       read))
         for some, measured in parts:
             found, frames = found + some, [*frames, measured]
     return found, frames
 
-# %% ../nbs/09_directions.ipynb #bbcf96cd
+# %% ../nbs/09_directions.ipynb #7565099d
 def study_candidates(
     run: Run,  # its settings; where the result is kept
     g: Generator,  # its generator
@@ -338,8 +347,10 @@ def study_candidates(
     rows = [c._asdict() | {"t": c.t._asdict() | {"direction": c.t.direction.tolist()}} for c in found]
     measured = pd.concat(frames, ignore_index=True)
     write_text(file, measured.to_csv(index=False))
-    best = {name: max((c for c in found if c.category == name), key=lambda c: c.merit, default=None) for name in NAMES}
-    save_transformations(run.path("ckpt", "suggested.json"), {n: c and c.t._replace(name=n) for n, c in best.items()})
+    best = {name: max((c for c in found if c.category == name), key=lambda c: c.merit, default=None)
+            for name in NAMES}
+    save_transformations(run.path("ckpt", "suggested.json"), {n: c and c.t._replace(name=n) for n,
+                                                              c in best.items()})
     write_text(note, json.dumps({"made_by": facts, "candidates": rows}))
     return found, pd.read_csv(file, dtype={"layers": str})
 
@@ -363,7 +374,7 @@ def open_reader(
     some = list(range(min(1500, len(images))))
     return fit_reader(images.batch(some), planted({k: v[some] for k, v in truth.factors.items()}))
 
-# %% ../nbs/09_directions.ipynb #b7dd4be8
+# %% ../nbs/09_directions.ipynb #78ed06f0
 def found_table(
     found: list[Candidate],  # measured
     measured: pd.DataFrame,  # from `study_candidates`
@@ -377,7 +388,8 @@ def found_table(
         rows.append({"source": source, "layers": label, "suggested": c.category, "true": truth})
     frame, out = pd.DataFrame(rows), []
     parts = [(s, part) for s, part in frame.groupby(["source", "layers"], sort=False)]
-    parts += [((s, "any"), part) for s, part in frame.groupby("source", sort=False)] + [(("any", "any"), frame)]
+    parts += [((s, "any"), part) for s, part in frame.groupby("source",
+                                                              sort=False)] + [(("any", "any"), frame)]
     for (source, label), part in parts:
         said = part[part.suggested != ""]
         out.append((source, label, "names suggested", said.suggested.nunique(), 5))
@@ -386,7 +398,8 @@ def found_table(
             real = part[part.true != ""]
             out += [(source, label, "names found by the planted factors", real.true.nunique(), 5),
                     (source, label, "directions that are one by the planted factors", len(real), len(part)),
-                    (source, label, "suggestions that are right", int((said.suggested == said.true).sum()), len(said))]
+                    (source, label, "suggestions that are right", int((said.suggested == said.true).sum()),
+                     len(said))]
     return pd.DataFrame(out, columns=["source", "layers", "metric", "value", "n"])
 
 # %% ../nbs/09_directions.ipynb #ca513b07

@@ -5,7 +5,7 @@ __all__ = ['Source', 'random_source', 'photo_source', 'upload_source', 'one_sent
            'difference', 'one_thread', 'pack_tensor', 'unpack_tensor', 'export_picture', 'reproduce_picture', 'Latest',
            'slider_html', 'own_pictures', 'usable', 'augment_folder']
 
-# %% ../nbs/09_frames.ipynb #d76a790f
+# %% ../nbs/09_frames.ipynb #b2865269
 import asyncio, base64, contextlib, hashlib, html, io, json, time
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -13,15 +13,18 @@ from typing import Callable, NamedTuple
 import numpy as np, pandas as pd, torch
 from PIL import Image
 
-from .core import DataMissing, DataRefused, DermganError, Run, check_made_by, progress, write_atomic, write_text
+from .core import (DataMissing, DataRefused, DermganError, Run, check_made_by, progress, write_atomic,
+                          write_text)
 from .encode import decoder_key
 from .factorize import Transformation, draw_codes, layers_label, move
 from .hyperstyle import Inversion, Nets, draw, invert, method_settings, net_digests, open_nets
-from .review import chosen_transformations, statuses
+from .review import (chosen, chosen_transformations, load_review, match_review, review_path,
+                            review_run,
+                            statuses)
 from .store import read_image, square, to_float, to_uint8
 from .stylegan2 import Generator
 
-# %% ../nbs/09_frames.ipynb #9a401f93
+# %% ../nbs/09_frames.ipynb #05cad60a
 class Source(NamedTuple):
     "One image as a code."
 
@@ -37,7 +40,8 @@ def random_source(
 ) -> Source:  # a generated image
     "A generated image by its seed."
     ws, none = draw_codes(nets.g, 1, seed, truncation), torch.zeros(1, 0)
-    made = Inversion("generated", ws, none, torch.zeros(1), torch.zeros(1), 0.0, {"generator": decoder_key(nets.g)})
+    made = Inversion("generated", ws, none, torch.zeros(1), torch.zeros(1), 0.0,
+                     {"generator": decoder_key(nets.g)})
     words = {"kind": "random", "seed": int(seed), "truncation": float(truncation)}
     return Source(words, to_uint8(draw(nets, made))[0].cpu(), made)
 
@@ -75,7 +79,7 @@ def one_sentence(
     lower = lambda text: text[:1].lower() + text[1:]
     return f"{what.rstrip('.')}: {lower(why).rstrip('.')}; {lower(do)}"
 
-# %% ../nbs/09_frames.ipynb #3d1ce1b5
+# %% ../nbs/09_frames.ipynb #4a879123
 class Move(NamedTuple):
     "A step along a direction."
 
@@ -95,7 +99,8 @@ def picture(
     ws = source.inverted.ws.expand(len(factors), -1, -1)
     for m in moves:
         ws = move(ws, m.vector, m.alpha * torch.tensor(factors, dtype=torch.float64), m.layers)
-    part = source.inverted._replace(ws=ws, codes=source.inverted.codes.expand(len(factors), *source.inverted.codes.shape[1:]))
+    codes = source.inverted.codes
+    part = source.inverted._replace(ws=ws, codes=codes.expand(len(factors), *codes.shape[1:]))
     return to_uint8(draw(nets, part, ws)).cpu()
 
 
@@ -127,13 +132,14 @@ def one_thread() -> "Iterator[None]":  # a context
     finally:
         torch.set_num_threads(before)
 
-# %% ../nbs/09_frames.ipynb #8350d501
+# %% ../nbs/09_frames.ipynb #96769de5
 def pack_tensor(
     x: torch.Tensor,  # float32 or float64
 ) -> dict:  # JSON values
     "A tensor as text, exactly."
     array = x.detach().cpu().contiguous().numpy()
-    return {"dtype": array.dtype.str, "shape": list(array.shape), "data": base64.b64encode(array.tobytes()).decode()}
+    return {"dtype": array.dtype.str, "shape": list(array.shape),
+            "data": base64.b64encode(array.tobytes()).decode()}
 
 
 def unpack_tensor(
@@ -171,14 +177,17 @@ def reproduce_picture(
         r = json.loads(recipe)
         moves = [Move(m["key"], unpack_tensor(m["vector"]), m["layers"], m["alpha"]) for m in r["moves"]]
         none = torch.zeros(1)
-        found = Inversion(r["method"], unpack_tensor(r["ws"]), unpack_tensor(r["codes"]), none, none, 0.0, r["networks"])
+        found = Inversion(r["method"], unpack_tensor(r["ws"]), unpack_tensor(r["codes"]), none, none, 0.0,
+                          r["networks"])
     except (ValueError, KeyError, TypeError) as error:
-        raise DataRefused("The recipe cannot be read.", f"{type(error).__name__}: {error}", "Export it again.") from error
+        raise DataRefused("The recipe cannot be read.", f"{type(error).__name__}: {error}",
+                          "Export it again.") from error
     check_made_by(found.made_for, net_digests(nets, found.method), "This picture")
     with one_thread():
         png = encode_picture(picture(nets, Source(r["source"], none, found), moves)[0], "PNG")
     if (sha := hashlib.sha256(png).hexdigest()) != r["png_sha256"]:
-        raise DataRefused("The recipe gives another picture.", f"sha256 {sha[:16]}…, expected {r['png_sha256'][:16]}….",
+        raise DataRefused("The recipe gives another picture.",
+                          f"sha256 {sha[:16]}…, expected {r['png_sha256'][:16]}….",
                           "Use the versions of constraints.txt, and the machine that made it.")
     return png
 
@@ -217,7 +226,7 @@ class Latest:
         finally:
             self.ended = time.monotonic()
 
-# %% ../nbs/09_frames.ipynb #0ac45e2f
+# %% ../nbs/09_frames.ipynb #b11385ad
 def slider_html(
     rows: dict[str, list[bytes]],  # title -> JPEGs from the smallest to the largest step, an odd number
     steps: list[float],  # of the frames, in units of the step
@@ -228,21 +237,28 @@ def slider_html(
     middle, parts = len(steps) // 2, []
     for title, frames in rows.items():
         name, words = html.escape(title), html.escape(f"{title}: {alt}")
-        images = "".join(f'<img src="{uri(jpeg)}" alt="{words}, step {step:+g}" width="160" height="160" data-n="{n}"'
-                         f'{"" if n == middle else " hidden"}>' for n, (jpeg, step) in enumerate(zip(frames, steps)))
+        images = "".join(f'<img src="{uri(jpeg)}" alt="{words}, step {step:+g}" width="160" height="160" '
+                         f'data-n="{n}"'
+                         f'{"" if n == middle else " hidden"}>' for n,
+                         (jpeg, step) in enumerate(zip(frames, steps)))
         script = ("for(const i of this.parentNode.querySelectorAll('img'))i.hidden=i.dataset.n!=this.value;"
                   f"this.nextElementSibling.value={json.dumps([f'{s:+g}' for s in steps])}[this.value]")
         parts.append(f'<figure class="slide"><figcaption>{name}</figcaption>{images}<br>'
-                     f'<input type="range" min="0" max="{len(steps) - 1}" value="{middle}" aria-label="steps along {name}" '
+                     f'<input type="range" min="0" max="{len(steps) - 1}" value="{middle}" '
+                     f'aria-label="steps along {name}" '
                      f'oninput="{html.escape(script)}"><output>+0</output> steps</figure>')
     return f'<div style="display:flex;flex-wrap:wrap;gap:1rem">{"".join(parts)}</div>'
 
-# %% ../nbs/09_frames.ipynb #b59416b6
+# %% ../nbs/09_frames.ipynb #57c9557a
 def own_pictures(
     folder: Path,  # searched for pictures, one level
     image_px: int,  # side
-) -> tuple[dict[str, tuple[torch.Tensor, str]], pd.DataFrame]:  # name -> picture, sha256; file, reason of the refused
+) -> tuple[dict[str, tuple[torch.Tensor, str]],
+           pd.DataFrame]:  # name -> picture, sha256; file, reason of the refused
     "Read a folder of pictures. DataMissing where none can be used."
+    if not Path(folder).is_dir():
+        raise DataMissing(f"{Path(folder).name} is not a folder.", "Pictures are looked for in a folder.",
+                          "Give one.")
     good, bad = {}, []
     for path in sorted(p for p in Path(folder).iterdir() if p.is_file() and not p.name.startswith(".")):
         try:
@@ -251,21 +267,30 @@ def own_pictures(
         except DataRefused as error:
             bad.append((path.name, str(error).splitlines()[1]))
     if not good:
-        raise DataMissing(f"No picture of {Path(folder).name} can be used.", f"{len(bad)} files were refused.",
+        raise DataMissing(f"No picture of {Path(folder).name} can be used.",
+                          f"{len(bad)} files were refused.",
                           "Give a folder of JPEG, PNG, WebP or BMP files.")
     return good, pd.DataFrame(bad, columns=["file", "reason"])
 
 
 def usable(
     run: Run,  # with a review
+    g: Generator,  # its generator
     suggested: bool,  # also those that no person reviewed
+    path: Path | None = None,  # of the review; None is figures/<profile>/directions.yaml
 ) -> dict[str, tuple[Transformation, str]]:  # name -> transformation, status
-    "The transformations that may be applied. DataMissing where there is none."
-    named, status = chosen_transformations(run), statuses(run)
-    found = {name: (t, status[name]) for name, t in named.items() if t and (suggested or status[name] == "reviewed")}
+    "The transformations to apply, by the review as it stands now. DataMissing where there is none."
+    if (run.folder / "ckpt" / "candidates.json").is_file():
+        picks = review_run(run, g, path)[0]
+    else:
+        picks = chosen(match_review(load_review(path or review_path(run.profile.name)), [], decoder_key(g)),
+                       {})
+    found = {name: (t, state) for name, (t, state) in picks.items() if t
+             and (suggested or state == "reviewed")}
     if not found:
-        raise DataMissing("No direction of this generator is reviewed.", f"Statuses: {status}.",
-                          "Review some with dermgan explore, or add --suggested to use the machine's suggestions.")
+        states = ", ".join(f"{name} {state}" for name, (_, state) in picks.items())
+        raise DataMissing("No direction of this generator is reviewed.", f"The five names: {states}.",
+                          "Review some with dermgan explore, or add --suggested to use the suggested.")
     return found
 
 
@@ -274,27 +299,34 @@ def augment_folder(
     folder: Path,  # of pictures
     out: Path,  # new or empty; made
     suggested: bool = False,  # also directions that no person reviewed
+    path: Path | None = None,  # of the review; None is figures/<profile>/directions.yaml
     batch: int = 8,  # pictures at a time
 ) -> pd.DataFrame:  # provenance, also in out/provenance.csv
     "Apply the reviewed transformations to a folder of pictures. DataRefused where out holds files already."
     if out.exists() and any(out.iterdir()):
-        raise DataRefused(f"{out.name} is not empty.", "Files there would mix with the new ones.", "Give a new folder to --out.")
-    method, named = run.profile.invert_method, usable(run, suggested)
-    nets, rows = open_nets(run, (method,)), []
+        raise DataRefused(f"{out.name} is not empty.", "Files there would mix with the new ones.",
+                          "Give a new folder to --out.")
+    method, rows = run.profile.invert_method, []
+    nets = open_nets(run, (method,))
+    named = usable(run, nets.g, suggested, path)
     (good, bad), generator = own_pictures(folder, nets.g.image_px), decoder_key(nets.g)
     names = list(good)
-    for some in progress([names[i:i + batch] for i in range(0, len(names), batch)], what="augment", unit="batches"):
+    for some in progress([names[i:i + batch] for i in range(0, len(names), batch)], what="augment",
+                         unit="batches"):
         images = to_float(torch.stack([good[name][0] for name in some]))
         found = invert(images, method, nets=nets, **method_settings(run).get(method, {}))
         for name, (t, status) in named.items():
             for sign in (1, -1):
-                moved = to_uint8(draw(nets, found, move(found.ws, t.direction, sign * t.alpha, t.layers))).cpu()
+                moved = to_uint8(draw(nets, found, move(found.ws, t.direction, sign * t.alpha,
+                                                        t.layers))).cpu()
                 for file, image, l2 in zip(some, moved, found.l2):
                     made = f"{Path(file).stem}-{Path(file).suffix[1:]}-{name}{'+' if sign > 0 else '-'}.png"
                     write_atomic(out / made, lambda f, image=image: f.write(encode_picture(image, "PNG")))
-                    rows.append((made, file, good[file][1], name, status, layers_label(t.layers), sign * t.alpha,
+                    rows.append((made, file, good[file][1], name, status, layers_label(t.layers), sign
+                                 * t.alpha,
                                  float(l2), method, generator))
-    columns = ["file", "source", "source_sha256", "transformation", "status", "layers", "alpha", "inversion_l2", "method",
+    columns = ["file", "source", "source_sha256", "transformation", "status", "layers", "alpha",
+               "inversion_l2", "method",
                "generator"]
     frame = pd.DataFrame(rows, columns=columns)
     write_text(out / "provenance.csv", frame.to_csv(index=False))

@@ -13,7 +13,7 @@ from .directions import EFFECTS
 from .frames import encode_picture
 from .review import ABOUT, CATEGORIES, DECISIONS, Row, last_words, verdict
 
-# %% ../nbs/09_panel.ipynb #c771ae6e
+# %% ../nbs/09_panel.ipynb #dbbfa1ff
 def bars(
     effects: dict[str, float],  # attribute -> deviations a step
 ) -> str:  # HTML: a small drawing with a label
@@ -27,8 +27,9 @@ def bars(
         parts.append(f'<rect x="{8 * i}" y="{y:.1f}" width="6" height="{high:.1f}" fill="{ink}"/>')
     strongest = sorted(names, key=lambda n: -abs(effects[n]))[:4]
     words = ", ".join(f"{n} {effects[n]:+.2f}" for n in strongest)
-    return (f'<span><svg role="img" aria-label="effects of one step in standard deviations: {words}" width="{8 * len(names)}" '
-            f'height="40"><line x1="0" x2="{8 * len(names)}" y1="20" y2="20" stroke="#777"/>{"".join(parts)}</svg> '
+    told = f"effects of one step in standard deviations: {words}"
+    return (f'<span><svg role="img" aria-label="{told}" width="{8 * len(names)}" height="40">'
+            f'<line x1="0" x2="{8 * len(names)}" y1="20" y2="20" stroke="#777"/>{"".join(parts)}</svg> '
             f'<small>{words} (deviations a step)</small></span>')
 
 
@@ -54,7 +55,7 @@ def image_html(
     return (f'<img alt="{html.escape(alt)}" src="data:image/jpeg;base64,{data}" '
             f'style="width:100%;max-width:{width}px;height:auto">')
 
-# %% ../nbs/09_panel.ipynb #b994c2aa
+# %% ../nbs/09_panel.ipynb #658f533c
 def controls(
     rows: list[tuple[Row, str, float]],  # from `review.match_review`
     classes: list[str],  # of the data set; empty without images
@@ -65,9 +66,11 @@ def controls(
     make = lambda kind, words, **more: kind(description=words, layout=wide, style=auto, **more)
     entries = [(described(row, state), i) for i, (row, state, _) in enumerate(rows)]
     number = lambda words: make(w.FloatSlider, words, value=0.0, min=-3.0, max=3.0, step=0.05, readout=False)
-    typed = lambda words: w.FloatText(value=0.0, step=0.1, description=words, layout=w.Layout(width="190px"), style=auto)
+    typed = lambda words: w.FloatText(value=0.0, step=0.1, description=words,
+                                      layout=w.Layout(width="190px"), style=auto)
     kinds = (["data set"] if classes else []) + ["random", "upload"]
-    buttons = lambda words, options: w.ToggleButtons(description=words, options=options, style={"button_width": "auto"})
+    buttons = lambda words, options: w.ToggleButtons(description=words, options=options,
+                                                     style={"button_width": "auto"})
     c = {"kind": buttons("Image from", kinds), "class": make(w.Dropdown, "Diagnosis", options=classes),
          "image": make(w.Dropdown, "Lesion", options=[]),
          "seed": make(w.BoundedIntText, "Seed", value=0, min=0, max=2**31 - 1),
@@ -75,15 +78,18 @@ def controls(
          "upload": w.FileUpload(accept=".jpg,.jpeg,.png,.webp,.bmp", description="Upload a picture",
                                 layout=w.Layout(width="auto")),
          "direction": make(w.Dropdown, "Direction", options=entries), "alpha": number("Magnitude α"),
-         "typed": typed("α typed"), "layers": make(w.IntRangeSlider, "Layers", value=(0, count - 1), max=count - 1),
+         "typed": typed("α typed"), "layers": make(w.IntRangeSlider, "Layers", value=(0, count - 1),
+                                                   max=count - 1),
          "second": make(w.Dropdown, "Second", options=[("none", -1), *entries]), "alpha2": number("Second α"),
          "typed2": typed("Second α typed"), "view": buttons("View", ["side by side", "difference"]),
          "undo": w.Button(description="Undo", tooltip="Undo the last change"),
          "reset": w.Button(description="Reset", tooltip="Back to the unmoved image"),
          "export": w.Button(description="Make files", tooltip="PNG and recipe of this picture"),
          "decision": buttons("Decision", DECISIONS), "name": make(w.Text, "Name"),
-         "category": make(w.Dropdown, "Category", options=CATEGORIES), "note": make(w.Textarea, "Note", rows=2),
-         "reviewer": make(w.Text, "Initials"), "save": w.Button(description="Save decision", button_style="primary")}
+         "category": make(w.Dropdown, "Category", options=CATEGORIES),
+         "note": make(w.Textarea, "Note", rows=2),
+         "reviewer": make(w.Text, "Initials"), "save": w.Button(description="Save decision",
+                                                                button_style="primary")}
     w.jslink((c["alpha"], "value"), (c["typed"], "value"))
     w.jslink((c["alpha2"], "value"), (c["typed2"], "value"))
     return c
@@ -101,10 +107,13 @@ def arranged(
     places = {"data set": data, "random": random, "upload": upload}
     source = w.VBox([places[c["kind"].value]])
     c["kind"].observe(lambda change: setattr(source, "children", [places[change.new]]), "value")
-    left = w.VBox([head("Image"), c["kind"], source, head("Direction"), c["direction"], out["bars"], c["alpha"],
+    left = w.VBox([head("Image"), c["kind"], source, head("Direction"), c["direction"], out["bars"],
+                   c["alpha"],
                    c["typed"], out["size"], c["layers"], c["second"], c["alpha2"], c["typed2"],
                    row(c["undo"], c["reset"])], layout=w.Layout(flex="1 1 320px", min_width="290px"))
-    right = w.VBox([c["view"], out["pictures"], out["strip"], out["status"], head("Review"), c["decision"], c["name"],
-                    c["category"], c["note"], c["reviewer"], c["save"], out["saved"], head("Files"), c["export"],
+    right = w.VBox([c["view"], out["pictures"], out["strip"], out["status"], head("Review"), c["decision"],
+                    c["name"],
+                    c["category"], c["note"], c["reviewer"], c["save"], out["saved"], head("Files"),
+                    c["export"],
                     out["files"]], layout=w.Layout(flex="1 1 320px", min_width="290px"))
     return w.VBox([w.HTML(f"<small>{html.escape(ABOUT)} Not a medical device.</small>"), row(left, right)])

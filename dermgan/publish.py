@@ -141,7 +141,7 @@ def clean_outputs(
             output["execution_count"] = None
     return kept
 
-# %% ../nbs/16_publish.ipynb #67f175ef
+# %% ../nbs/16_publish.ipynb #57042d42
 def promote(
     run: Run,  # a finished run
     top: Path,  # the repository
@@ -153,6 +153,8 @@ def promote(
     try:
         for path in sorted([*run.folder.glob("figures/[!.]*"), *run.folder.glob("tables/[!.]*")]):
             shutil.copyfile(path, fresh / path.name)
+        if (review := folder / "directions.yaml").is_file():
+            shutil.copyfile(review, fresh / review.name)
         publish_weights(run, fresh)
         write_text(fresh / "PROVENANCE.json", json.dumps(provenance(run, fresh), indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)

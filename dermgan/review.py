@@ -60,7 +60,7 @@ def unpack_vector(
     vector = torch.tensor(np.frombuffer(base64.b64decode(text, validate=True), "<f2").astype(float))
     return vector / vector.norm()
 
-# %% ../nbs/09_review.ipynb #e8bd94c1
+# %% ../nbs/09_review.ipynb #06af41e1
 def review_path(
     profile: str,  # such as quick
 ) -> Path:  # figures/<profile>/directions.yaml
@@ -74,7 +74,8 @@ def check_row(
     "Read one row. ValueError names what is wrong with it."
     for said in row["reviews"]:
         if said["decision"] not in DECISIONS or said["category"] not in (*CATEGORIES, ""):
-            raise ValueError(f"{row['key']}: {said['decision']!r}, {said['category']!r} is no decision and category")
+            what = f"{said['decision']!r}, {said['category']!r}"
+            raise ValueError(f"{row['key']}: {what} is no decision and category")
         if not all(isinstance(said[name], str) for name in ("name", "note", "reviewer", "time")):
             raise ValueError(f"{row['key']}: name, note, reviewer and time are text")
     vector = unpack_vector(row["vector"])
@@ -98,7 +99,8 @@ def load_review(
         return Review(str(found["generator"]), {row.key: row for row in rows})
     except Exception as error:
         why = " ".join(str(error).split())[:160] or type(error).__name__
-        raise DataRefused(f"{path.name} cannot be read and was left as it is.", f"{type(error).__name__}: {why}",
+        raise DataRefused(f"{path.name} cannot be read and was left as it is.",
+                          f"{type(error).__name__}: {why}",
                           f"Mend it by hand, or take the last good one: git checkout {path.name}") from error
 
 
@@ -109,7 +111,8 @@ def save_review(
     "Write a review atomically. DataRefused where the file is read-only; DiskFull where no room is left."
     path = Path(path)
     if path.exists() and not path.stat().st_mode & 0o200:
-        raise DataRefused(f"{path.name} is read-only: nothing was saved.", "Its owner took the right to write.",
+        raise DataRefused(f"{path.name} is read-only: nothing was saved.",
+                          "Its owner took the right to write.",
                           f"Run: chmod u+w {path.name}, and save again; what you entered is still here.")
     rows = [row._asdict() | {"vector": pack_vector(row.vector), "alpha": float(f"{row.alpha:.6g}"),
                              "effects": {k: round(float(v), 4) for k, v in row.effects.items()}}
@@ -127,28 +130,31 @@ def decide(
     "Add one decision and save at once. RunMismatch where the file belongs to another generator."
     review = load_review(path)
     if review.rows and review.generator != generator:
-        raise RunMismatch(f"{path.name} belongs to another generator.", f"{review.generator} then, {generator} now.",
+        raise RunMismatch(f"{path.name} belongs to another generator.",
+                          f"{review.generator} then, {generator} now.",
                           f"Move it away (git mv) and review anew; the matched names are offered to you.")
     if not said["reviewer"].strip():
-        raise DataRefused("Nothing was saved: there are no initials.", "A decision needs somebody who made it.",
+        raise DataRefused("Nothing was saved: there are no initials.",
+                          "A decision needs somebody who made it.",
                           "Enter your initials and save again.")
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     before = review.rows.get(row.key, row).reviews
-    row = row._replace(reviews=[*before, {k: str(said[k]).strip() for k in ("decision", "name", "category",
-                                                                            "note", "reviewer")} | {"time": now}])
+    words = {name: str(said[name]).strip() for name in ("decision", "name", "category", "note", "reviewer")}
+    row = row._replace(reviews=[*before, words | {"time": now}])
     check_row(row._asdict() | {"vector": pack_vector(row.vector)})
     review = Review(generator, review.rows | {row.key: row})
     save_review(path, review)
     return review
 
-# %% ../nbs/09_review.ipynb #0a28a530
+# %% ../nbs/09_review.ipynb #808be56f
 def alike(
     old: list[dict[str, float]],  # effects of directions
     new: list[dict[str, float]],  # effects of others
 ) -> np.ndarray:  # signed cosine, [old, new]; attributes that one side lacks are left out
     "How alike directions are by what they do."
     names = sorted(set.intersection(*(set(e) for e in (*old, *new)))) if old and new else []
-    a, b = (np.nan_to_num(np.array([[e[n] for n in names] for e in side], float)).reshape(len(side), len(names))
+    a, b = (np.nan_to_num(np.array([[e[n] for n in names] for e in side],
+                                   float)).reshape(len(side), len(names))
             for side in (old, new))
     norms = np.linalg.norm(a, axis=1)[:, None] * np.linalg.norm(b, axis=1)
     return a @ b.T / np.maximum(norms, 1e-12)
@@ -168,7 +174,8 @@ def match_review(
         return [(row, "reviewed", 1.0) for row in review.rows.values()] + rest
     old = list(review.rows.values())
     cosine = alike([row.effects for row in old], [row.effects for row in mine])
-    pairs = {new: i for i, new in zip(*linear_sum_assignment(-np.abs(cosine))) if abs(cosine[i, new]) >= least}
+    pairs = {new: i for i, new in zip(*linear_sum_assignment(-np.abs(cosine)))
+             if abs(cosine[i, new]) >= least}
     rows = []
     for new, row in enumerate(mine):
         if new in pairs:
@@ -179,7 +186,7 @@ def match_review(
                      float(abs(cosine[pairs[new], new])) if new in pairs else 0.0))
     return sorted(rows, key=lambda r: r[1] != "matched")
 
-# %% ../nbs/09_review.ipynb #df76f3d7
+# %% ../nbs/09_review.ipynb #299c1a03
 def last_words(
     row: Row,  # with reviews
 ) -> dict[str, dict]:  # reviewer -> their last review
@@ -204,7 +211,8 @@ def kappa(
     observed = sum(x == y for x, y in zip(a, b)) / n if n else float("nan")
     chance = sum(a.count(x) * b.count(x) for x in labels) / n**2 if n else float("nan")
     if not n or chance == 1:
-        return {"value": float("nan"), "low": float("nan"), "high": float("nan"), "n": n, "agreement": observed}
+        return {"value": float("nan"), "low": float("nan"), "high": float("nan"), "n": n,
+                "agreement": observed}
     value = (observed - chance) / (1 - chance)
     half = 1.96 * (observed * (1 - observed) / n) ** 0.5 / (1 - chance)
     return {"value": value, "low": max(-1.0, value - half), "high": min(1.0, value + half), "n": n,
@@ -234,12 +242,13 @@ def merge_reviews(
     columns = ["reviewers", "value", "low", "high", "n", "agreement"]
     return Review(a.generator or b.generator, rows), pd.DataFrame(agreement, columns=columns)
 
-# %% ../nbs/09_review.ipynb #70e59d8c
+# %% ../nbs/09_review.ipynb #25a592cd
 def chosen(
     rows: list[tuple[Row, str, float]],  # from `match_review`
     suggested: dict[str, Transformation | None],  # the machine's, by the paper's names
-) -> dict[str, tuple[Transformation | None, str]]:  # by the paper's names; and reviewed | matched | suggested | none
-    "Choose the paper's five: the reviewed before the matched before the suggested. A rejected one is not suggested."
+) -> dict[str, tuple[Transformation | None,
+                     str]]:  # by the paper's names; and reviewed | matched | suggested | none
+    "The paper's five: the reviewed before the matched before the suggested, unless it was rejected."
     rejected = [row for row, state, _ in rows if state != "suggested" and verdict(row) == "reject"]
     same = lambda t, row: bool(set(t.layers) & set(row.layers)) and abs(float(t.direction @ row.vector)) > 0.9
     found = {}
@@ -249,7 +258,8 @@ def chosen(
                 words = last_words(row).values()
                 if is_ == state and verdict(row) == "keep" and any(w["category"] == name for w in words):
                     number = int(row.key.split()[1])
-                    found.setdefault(name, (Transformation(name, row.vector, row.layers, row.alpha, number), state))
+                    found.setdefault(name, (Transformation(name, row.vector, row.layers, row.alpha, number),
+                                            state))
         t = suggested.get(name)
         if name not in found:
             usable = t is not None and not any(same(t, row) for row in rejected)
@@ -261,13 +271,15 @@ def review_run(
     run: Run,  # where the result is kept
     g: Generator,  # its generator
     path: Path | None = None,  # of the review; None is figures/<profile>/directions.yaml
-) -> tuple[dict[str, tuple[Transformation | None, str]], list[tuple[Row, str, float]]]:  # chosen, and every row
+) -> tuple[dict[str, tuple[Transformation | None, str]],
+           list[tuple[Row, str, float]]]:  # chosen, and every row
     "Set the committed review beside the run's candidates and write down what later stages use."
     generator = decoder_key(g)
     rows = match_review(load_review(path or review_path(run.profile.name)), load_candidates(run), generator)
     picks = chosen(rows, load_transformations(run.path("ckpt", "suggested.json")))
     facts = {"generator": generator, "status": {name: state for name, (_, state) in picks.items()}}
-    save_transformations(run.path("ckpt", "reviewed.json"), {name: t for name, (t, _) in picks.items()}, facts)
+    save_transformations(run.path("ckpt", "reviewed.json"), {name: t for name, (t, _) in picks.items()},
+                         facts)
     return picks, rows
 
 
@@ -284,4 +296,5 @@ def statuses(
 ) -> dict[str, str]:  # name -> reviewed | matched | suggested | none
     "Who named each of the chosen transformations."
     path = run.folder / "ckpt" / "reviewed.json"
-    return json.loads(path.read_text())["made_by"]["status"] if path.exists() else dict.fromkeys(NAMES, "suggested")
+    made = json.loads(path.read_text())["made_by"] if path.exists() else {}
+    return made.get("status", dict.fromkeys(NAMES, "suggested"))
