@@ -2,8 +2,9 @@
 
 # %% auto #0
 __all__ = ['EFFECTS', 'WISHES', 'PLANTED', 'attributes', 'jacobian', 'mixes', 'equal_step', 'gather', 'Candidate', 'suggest',
-           'selectivity', 'effect_vector', 'duplicates', 'thirteen', 'curve', 'planted', 'fit_reader', 'measure_group',
-           'true_name', 'measure_source', 'study_candidates', 'load_candidates', 'open_reader', 'found_table', 'sheet']
+           'selectivity', 'effect_vector', 'duplicates', 'best_of', 'thirteen', 'curve', 'planted', 'fit_reader',
+           'measure_group', 'true_name', 'measure_source', 'study_candidates', 'load_candidates', 'open_reader',
+           'found_table', 'sheet']
 
 # %% ../nbs/09_directions.ipynb #1e42027a
 import json
@@ -164,7 +165,7 @@ def selectivity(
     size = np.array([max(abs(effects.get(name, 0.0)) for name in group) for group in EFFECTS.values()])
     return float(size.max() / max(np.linalg.norm(size), 1e-12))
 
-# %% ../nbs/09_directions.ipynb #70ba086d
+# %% ../nbs/09_directions.ipynb #8337bcd5
 def effect_vector(
     c: Candidate,  # measured
 ) -> np.ndarray:  # what it does to the attributes of EFFECTS
@@ -189,15 +190,26 @@ def duplicates(
     return leader
 
 
+def best_of(
+    found: list[Candidate],  # measured
+    own: str,  # source that comes first: the paper's method, in the profile's variant
+) -> dict[str, Candidate | None]:  # by the paper's names
+    "The strongest candidate of each name; one of another source only where the own has none."
+    rank = lambda c: (c.key.split()[0] == own, c.merit)
+    return {name: max((c for c in found if c.category == name), key=rank, default=None) for name in NAMES}
+
+
 def thirteen(
     found: list[Candidate],  # measured
+    own: str,  # source that comes first, as in `best_of`
     count: int = 13,  # the paper's
 ) -> list[int]:  # places: the best of each of the five, then the next best leaders with a name, then without
     "The transformations that a reviewer is shown first."
     leader = duplicates(found)
     order = sorted(range(len(found)), key=lambda i: (found[i].merit, selectivity(found[i].effects)
                                                      * np.linalg.norm(effect_vector(found[i]))), reverse=True)
-    named = [i for name in NAMES for i in [j for j in order if found[j].category == name][:1]]
+    keys = [c.key for c in found]
+    named = [keys.index(c.key) for c in best_of(found, own).values() if c]
     taken, rest = {leader[i] for i in named}, []
     for i in order:
         if leader[i] == i and i not in taken:
@@ -323,7 +335,7 @@ def measure_source(
             found, frames = found + some, [*frames, measured]
     return found, frames
 
-# %% ../nbs/09_directions.ipynb #7565099d
+# %% ../nbs/09_directions.ipynb #1229f5ac
 def study_candidates(
     run: Run,  # its settings; where the result is kept
     g: Generator,  # its generator
@@ -331,6 +343,7 @@ def study_candidates(
     "Measure every candidate and suggest names; returns at once where that is done."
     p, lpips = run.profile, open_lpips(run.weights)
     code = code_key(attributes, jacobian, mixes, equal_step, gather, suggest, measure_group, measure_source,
+                    best_of,
                     fit_reader, planted, effects, group_effects, merit)
     facts = {"generator": generator_key(g), "variant": p.factor_variant, "images": p.factor_images,
              "seed": run.seed, "lpips": lpips.name, "code": code, "data": p.dataset}
@@ -347,8 +360,7 @@ def study_candidates(
     rows = [c._asdict() | {"t": c.t._asdict() | {"direction": c.t.direction.tolist()}} for c in found]
     measured = pd.concat(frames, ignore_index=True)
     write_text(file, measured.to_csv(index=False))
-    best = {name: max((c for c in found if c.category == name), key=lambda c: c.merit, default=None)
-            for name in NAMES}
+    best = best_of(found, p.factor_variant)
     save_transformations(run.path("ckpt", "suggested.json"), {n: c and c.t._replace(name=n) for n,
                                                               c in best.items()})
     write_text(note, json.dumps({"made_by": facts, "candidates": rows}))
@@ -374,11 +386,11 @@ def open_reader(
     some = list(range(min(1500, len(images))))
     return fit_reader(images.batch(some), planted({k: v[some] for k, v in truth.factors.items()}))
 
-# %% ../nbs/09_directions.ipynb #78ed06f0
+# %% ../nbs/09_directions.ipynb #e91fc9e0
 def found_table(
     found: list[Candidate],  # measured
     measured: pd.DataFrame,  # from `study_candidates`
-) -> pd.DataFrame:  # source, layers, metric, value, n
+) -> pd.DataFrame:  # source, layers, metric, value, n, names
     "Of the five names: how many are found, by how many directions, and, on the phantom, how many rightly."
     known = measured.attribute.str.startswith("planted ").any()
     by, rows = dict(list(measured.groupby(["source", "direction", "layers"]))), []
@@ -391,16 +403,17 @@ def found_table(
     parts += [((s, "any"), part) for s, part in frame.groupby("source",
                                                               sort=False)] + [(("any", "any"), frame)]
     for (source, label), part in parts:
-        said = part[part.suggested != ""]
-        out.append((source, label, "names suggested", said.suggested.nunique(), 5))
-        out.append((source, label, "directions with a suggestion", len(said), len(part)))
+        said, names = part[part.suggested != ""], lambda column: ", ".join(sorted({*column} - {""}))
+        out.append((source, label, "names suggested", said.suggested.nunique(), 5, names(said.suggested)))
+        out.append((source, label, "directions with a suggestion", len(said), len(part), ""))
         if known:
-            real = part[part.true != ""]
-            out += [(source, label, "names found by the planted factors", real.true.nunique(), 5),
-                    (source, label, "directions that are one by the planted factors", len(real), len(part)),
-                    (source, label, "suggestions that are right", int((said.suggested == said.true).sum()),
-                     len(said))]
-    return pd.DataFrame(out, columns=["source", "layers", "metric", "value", "n"])
+            real, right = part[part.true != ""], int((said.suggested == said.true).sum())
+            out += [(source, label, "names found by the planted factors", real.true.nunique(), 5,
+                     names(real.true)),
+                    (source, label, "directions that are one by the planted factors", len(real), len(part),
+                     ""),
+                    (source, label, "suggestions that are right", right, len(said), "")]
+    return pd.DataFrame(out, columns=["source", "layers", "metric", "value", "n", "names"])
 
 # %% ../nbs/09_directions.ipynb #ca513b07
 def sheet(

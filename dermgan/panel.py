@@ -13,7 +13,7 @@ from .directions import EFFECTS
 from .frames import encode_picture
 from .review import ABOUT, CATEGORIES, DECISIONS, Row, last_words, verdict
 
-# %% ../nbs/09_panel.ipynb #dbbfa1ff
+# %% ../nbs/09_panel.ipynb #0ed54212
 def bars(
     effects: dict[str, float],  # attribute -> deviations a step
 ) -> str:  # HTML: a small drawing with a label
@@ -23,7 +23,7 @@ def bars(
     parts = []
     for i, name in enumerate(names):
         high = 18 * abs(effects[name]) / top
-        y, ink = (20 - high, "#B2182B") if effects[name] > 0 else (20, "#2166AC")
+        y, ink = (20.0 - high, "#B2182B") if effects[name] > 0 else (20.0, "#2166AC")
         parts.append(f'<rect x="{8 * i}" y="{y:.1f}" width="6" height="{high:.1f}" fill="{ink}"/>')
     strongest = sorted(names, key=lambda n: -abs(effects[n]))[:4]
     words = ", ".join(f"{n} {effects[n]:+.2f}" for n in strongest)

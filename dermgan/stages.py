@@ -14,7 +14,7 @@ from .core import (ConfigError, DataMissing, Profile, Run, code_meaning, read_ru
                           write_text)
 from .report import notebook_cells, stage_logs
 
-# %% ../nbs/17_stages.ipynb #b8ef4bcd
+# %% ../nbs/17_stages.ipynb #8f56e227
 NEEDS = {
     "00_settings": (),
     "00_core": ("00_settings",),
@@ -46,11 +46,12 @@ NEEDS = {
     "10_augment": ("10_allot", "08_hyperstyle", "09_review"),
     "10_allot": ("02_phantom",),
     "11_classify": ("02_phantom",),
+    "12_labels": ("10_augment", "11_classify"),
     "12_results": ("08_compare", "10_augment", "11_classify"),
     "13_lrp": ("12_results",),
     "14_crp": ("13_lrp",),
     "15_pcx": ("14_crp",),
-    "index": ("12_results", "15_pcx"),
+    "index": ("09_explore", "12_labels", "12_results", "15_pcx"),
     "16_report": ("index",),
     "16_publish": ("16_report",),
     "17_stages": ("16_publish",),
