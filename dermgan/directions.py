@@ -86,7 +86,7 @@ def mixes(
             found.append(Transformation("", vector / vector.norm(), moves[0].layers, step, len(found)))
     return found
 
-# %% ../nbs/09_directions.ipynb #b7d546f5
+# %% ../nbs/09_directions.ipynb #4f341275
 def equal_step(
     g: Generator,  # in eval mode
     ws: torch.Tensor,  # style codes, [N, L, w_dim]
@@ -95,7 +95,7 @@ def equal_step(
     kept: list[torch.Tensor],  # LPIPS features of the images of `ws`
     target: float,  # mean LPIPS (last three taps) wanted
     unit: float,  # standard deviation of w along the direction
-    rounds: int = 3,  # measurements
+    rounds: int = 2,  # measurements
 ) -> float:  # the step, within 1/16 and 4 deviations
     "Find the step of mean LPIPS `target` by secants on logarithms."
     tried = []
@@ -274,7 +274,7 @@ def fit_reader(
     wrong = (read(to_float(images[fitted:])).to_numpy() - truth) ** 2
     return read, 1 - wrong.mean() / truth.var(ddof=0)
 
-# %% ../nbs/09_directions.ipynb #708dc18e
+# %% ../nbs/09_directions.ipynb #03ac3aa0
 def measure_group(
     g: Generator,  # in eval mode
     source: str,  # of the directions
@@ -319,11 +319,11 @@ def measure_source(
     if own:
         done = pd.read_csv(run.path("ckpt", "directions.csv"), dtype={"layers": str})
         known = done.groupby(["direction", "layers"]).alpha.first().to_dict()
-    kept, found, frames = lpips.features(render(g, ws[:8])), [], []
-    step = lambda t, alpha: t._replace(alpha=equal_step(g, ws[:8], t._replace(alpha=alpha), lpips, kept,
+    kept, found, frames = lpips.features(render(g, ws[:6])), [], []
+    step = lambda t, alpha: t._replace(alpha=equal_step(g, ws[:6], t._replace(alpha=alpha), lpips, kept,
                                                         target,
                                                         float(step_std(g, t.direction[None], 1024))))
-    for moves in gather(g, source, 8 if own else 5).values():
+    for moves in gather(g, source, 8 if own else 4).values():
         label = layers_label(moves[0].layers)
         moves = [t._replace(alpha=known[t.number, label]) if (t.number, label) in known else step(t, t.alpha)
                  for t in moves]
@@ -335,7 +335,7 @@ def measure_source(
             found, frames = found + some, [*frames, measured]
     return found, frames
 
-# %% ../nbs/09_directions.ipynb #1229f5ac
+# %% ../nbs/09_directions.ipynb #9d52a6f2
 def study_candidates(
     run: Run,  # its settings; where the result is kept
     g: Generator,  # its generator
@@ -351,7 +351,7 @@ def study_candidates(
     if note.exists() and file.exists() and json.loads(note.read_text())["made_by"] == facts:
         return load_candidates(run), pd.read_csv(file, dtype={"layers": str})
     read, found, frames = open_reader(run)[0], [], []
-    ws = draw_codes(g, min(32, p.factor_images), run.seed)
+    ws = draw_codes(g, min(24, p.factor_images), run.seed)
     target = STEP_SHARE * unrelated_lpips(g, lpips, run.seed)
     sources = [p.factor_variant, *(s for s in ("sefa", "raw", "jacobian") if s != p.factor_variant)]
     for source in progress(sources, what="measure", unit="sources"):
