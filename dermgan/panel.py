@@ -13,7 +13,7 @@ from .directions import EFFECTS
 from .frames import encode_picture
 from .review import ABOUT, CATEGORIES, DECISIONS, Row, last_words, verdict
 
-# %% ../nbs/09_panel.ipynb #0ed54212
+# %% ../nbs/09_panel.ipynb #1ee04ece
 def bars(
     effects: dict[str, float],  # attribute -> deviations a step
 ) -> str:  # HTML: a small drawing with a label
@@ -28,7 +28,7 @@ def bars(
     strongest = sorted(names, key=lambda n: -abs(effects[n]))[:4]
     words = ", ".join(f"{n} {effects[n]:+.2f}" for n in strongest)
     told = f"effects of one step in standard deviations: {words}"
-    return (f'<span><svg role="img" aria-label="{told}" width="{8 * len(names)}" height="40">'
+    return (f'<span style="line-height:1.3"><svg role="img" aria-label="{told}" width="{8 * len(names)}" height="40">'
             f'<line x1="0" x2="{8 * len(names)}" y1="20" y2="20" stroke="#777"/>{"".join(parts)}</svg> '
             f'<small>{words} (deviations a step)</small></span>')
 
@@ -55,7 +55,7 @@ def image_html(
     return (f'<img alt="{html.escape(alt)}" src="data:image/jpeg;base64,{data}" '
             f'style="width:100%;max-width:{width}px;height:auto">')
 
-# %% ../nbs/09_panel.ipynb #658f533c
+# %% ../nbs/09_panel.ipynb #de9d0e19
 def controls(
     rows: list[tuple[Row, str, float]],  # from `review.match_review`
     classes: list[str],  # of the data set; empty without images
@@ -110,7 +110,7 @@ def arranged(
     left = w.VBox([head("Image"), c["kind"], source, head("Direction"), c["direction"], out["bars"],
                    c["alpha"],
                    c["typed"], out["size"], c["layers"], c["second"], c["alpha2"], c["typed2"],
-                   row(c["undo"], c["reset"])], layout=w.Layout(flex="1 1 320px", min_width="290px"))
+                   row(c["undo"], c["reset"])], layout=w.Layout(flex="1 1 320px", min_width="290px", padding="0 16px 0 0"))
     right = w.VBox([c["view"], out["pictures"], out["strip"], out["status"], head("Review"), c["decision"],
                     c["name"],
                     c["category"], c["note"], c["reviewer"], c["save"], out["saved"], head("Files"),

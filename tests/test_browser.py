@@ -151,7 +151,8 @@ def test_voila_shows_the_explorer_and_keeps_a_decision(serve, browser, run, tmp_
     browser.reload()
     moved(browser).wait_for()
     assert browser.get_by_label("Name", exact=True).input_value() == "larger"
-    assert "reviewed: keep" in browser.get_by_label("Direction", exact=True).locator("option:checked").inner_text()
+    entry = browser.get_by_label("Direction", exact=True).locator("option:checked").inner_text().replace("\xa0", " ")
+    assert "larger" in entry and "reviewed: keep" in entry
     browser.set_viewport_size({"width": 380, "height": 800})
     assert browser.evaluate("document.scrollingElement.scrollWidth") <= 420
     out = os.environ.get("DERMGAN_SCREENSHOTS")
@@ -169,6 +170,7 @@ def test_jupyterlab_runs_the_explorer_by_mouse_and_keys(serve, browser, run, tmp
            f"--ServerApp.tornado_settings={json.dumps({'websocket_max_message_size': MESSAGE_BYTES})}"], f"http://127.0.0.1:{port}/api")
     browser.goto(f"http://127.0.0.1:{port}/lab/tree/explore.ipynb")
     browser.locator(".jp-Notebook").wait_for()
+    browser.get_by_text("| Idle").first.wait_for()
     browser.get_by_role("menuitem", name="Run", exact=True).click()
     browser.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     look_move_upload_and_decide(browser, tmp_path)
