@@ -274,7 +274,7 @@ def fit_reader(
     wrong = (read(to_float(images[fitted:])).to_numpy() - truth) ** 2
     return read, 1 - wrong.mean() / truth.var(ddof=0)
 
-# %% ../nbs/09_directions.ipynb #03ac3aa0
+# %% ../nbs/09_directions.ipynb #5cf896b3
 def measure_group(
     g: Generator,  # in eval mode
     source: str,  # of the directions
@@ -327,15 +327,15 @@ def measure_source(
         label = layers_label(moves[0].layers)
         moves = [t._replace(alpha=known[t.number, label]) if (t.number, label) in known else step(t, t.alpha)
                  for t in moves]
-        parts = [measure_group(g, source, moves, ws, read)]
-        if own:
+        parts = [measure_group(g, source, moves, ws if own else ws[:24], read)]
+        if own and moves[0].layers != layer_groups(g.num_ws)["late"]:
             parts.append(measure_group(g, "mix", [step(t, t.alpha) for t in mixes(parts[0][1], moves)], ws,
                                        read))
         for some, measured in parts:
             found, frames = found + some, [*frames, measured]
     return found, frames
 
-# %% ../nbs/09_directions.ipynb #9d52a6f2
+# %% ../nbs/09_directions.ipynb #35d0dbd2
 def study_candidates(
     run: Run,  # its settings; where the result is kept
     g: Generator,  # its generator
@@ -351,7 +351,7 @@ def study_candidates(
     if note.exists() and file.exists() and json.loads(note.read_text())["made_by"] == facts:
         return load_candidates(run), pd.read_csv(file, dtype={"layers": str})
     read, found, frames = open_reader(run)[0], [], []
-    ws = draw_codes(g, min(24, p.factor_images), run.seed)
+    ws = draw_codes(g, min(40, p.factor_images), run.seed)
     target = STEP_SHARE * unrelated_lpips(g, lpips, run.seed)
     sources = [p.factor_variant, *(s for s in ("sefa", "raw", "jacobian") if s != p.factor_variant)]
     for source in progress(sources, what="measure", unit="sources"):
