@@ -6,8 +6,8 @@ __all__ = ['FRAMES', 'MESSAGE_BYTES', 'Explorer', 'set_beside', 'connect', 'guar
            'strip_of', 'draw_now', 'save', 'list_directions', 'export', 'explorer', 'explore_notebook', 'voila_command',
            'serve']
 
-# %% ../nbs/09_explore.ipynb #b0d6ab9d
-import base64, html, json, os, subprocess, sys, tempfile
+# %% ../nbs/09_explore.ipynb #8fff9282
+import base64, html, json, math, os, subprocess, sys, tempfile
 from pathlib import Path
 from typing import Callable
 
@@ -185,7 +185,7 @@ def take_upload(
 Explorer.list_images, Explorer.inverted, Explorer.load_source = list_images, inverted, load_source
 Explorer.take_upload = take_upload
 
-# %% ../nbs/09_explore.ipynb #f1a19869
+# %% ../nbs/09_explore.ipynb #ec0b3903
 def choose_direction(
     self: Explorer,  # the explorer
 ) -> None:
@@ -194,7 +194,9 @@ def choose_direction(
     self.held = True
     for name, other in (("alpha", row), ("alpha2", self.rows[max(0, self.c["second"].value)][0])):
         reach = max(abs(x) for x in other.reach)
-        self.c[name].min, self.c[name].max, self.c[name].step = -reach, reach, reach / 60
+        step = 10.0 ** math.floor(math.log10(reach / 30))
+        reach = round(math.ceil(reach / step - 1e-9) * step, 9)
+        self.c[name].min, self.c[name].max, self.c[name].step = -reach, reach, step
     self.c["alpha"].value, self.c["layers"].value = 0.0, (row.layers[0], row.layers[-1])
     said = next(reversed(last_words(row).values()), {})
     self.c["name"].value, self.c["note"].value = said.get("name", ""), said.get("note", "")

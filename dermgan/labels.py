@@ -14,7 +14,7 @@ from .core import DataMissing, Run, load_weights
 from .factorize import Transformation, move
 from .hyperstyle import Inversion, Nets, draw
 
-# %% ../nbs/12_labels.ipynb #e1329c39
+# %% ../nbs/12_labels.ipynb #f31535cc
 def wilson(
     hits: int,  # of n
     n: int,  # trials, at least 1
@@ -56,7 +56,7 @@ def open_classifier(
     name = cell_name(arch, "baseline", False, 0)
     path = run.folder / "ckpt" / "classify" / f"{name}.safetensors"
     if not path.is_file():
-        raise DataMissing("There is no trained baseline classifier.", f"ckpt/classify/{path.name} is not there.",
+        raise DataMissing("There is no trained baseline.", f"ckpt/classify/{path.name} is not there.",
                           "Run: ./reproduce.sh --until 11_classify")
     weights = load_weights(path)[0]
     model = build(arch, len(weights["classifier.bias"]))

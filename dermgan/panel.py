@@ -13,7 +13,7 @@ from .directions import EFFECTS
 from .frames import encode_picture
 from .review import ABOUT, CATEGORIES, DECISIONS, Row, last_words, verdict
 
-# %% ../nbs/09_panel.ipynb #1ee04ece
+# %% ../nbs/09_panel.ipynb #78aebcb9
 def bars(
     effects: dict[str, float],  # attribute -> deviations a step
 ) -> str:  # HTML: a small drawing with a label
@@ -28,7 +28,8 @@ def bars(
     strongest = sorted(names, key=lambda n: -abs(effects[n]))[:4]
     words = ", ".join(f"{n} {effects[n]:+.2f}" for n in strongest)
     told = f"effects of one step in standard deviations: {words}"
-    return (f'<span style="line-height:1.3"><svg role="img" aria-label="{told}" width="{8 * len(names)}" height="40">'
+    size = f'width="{8 * len(names)}" height="40"'
+    return (f'<span style="line-height:1.3"><svg role="img" aria-label="{told}" {size}>'
             f'<line x1="0" x2="{8 * len(names)}" y1="20" y2="20" stroke="#777"/>{"".join(parts)}</svg> '
             f'<small>{words} (deviations a step)</small></span>')
 
@@ -55,14 +56,14 @@ def image_html(
     return (f'<img alt="{html.escape(alt)}" src="data:image/jpeg;base64,{data}" '
             f'style="width:100%;max-width:{width}px;height:auto">')
 
-# %% ../nbs/09_panel.ipynb #de9d0e19
+# %% ../nbs/09_panel.ipynb #8bda39db
 def controls(
     rows: list[tuple[Row, str, float]],  # from `review.match_review`
     classes: list[str],  # of the data set; empty without images
     count: int,  # style inputs of the generator
 ) -> dict[str, w.Widget]:  # by name
     "Make every control of the explorer."
-    wide, auto = w.Layout(width="100%", max_width="620px"), {"description_width": "110px"}
+    wide, auto = w.Layout(width="98%", max_width="620px"), {"description_width": "110px"}
     make = lambda kind, words, **more: kind(description=words, layout=wide, style=auto, **more)
     entries = [(described(row, state), i) for i, (row, state, _) in enumerate(rows)]
     number = lambda words: make(w.FloatSlider, words, value=0.0, min=-3.0, max=3.0, step=0.05, readout=False)
@@ -80,7 +81,8 @@ def controls(
          "direction": make(w.Dropdown, "Direction", options=entries), "alpha": number("Magnitude α"),
          "typed": typed("α typed"), "layers": make(w.IntRangeSlider, "Layers", value=(0, count - 1),
                                                    max=count - 1),
-         "second": make(w.Dropdown, "Second", options=[("none", -1), *entries]), "alpha2": number("Second α"),
+         "second": make(w.Dropdown, "Second", options=[("none", -1), *entries]),
+         "alpha2": number("Second α"),
          "typed2": typed("Second α typed"), "view": buttons("View", ["side by side", "difference"]),
          "undo": w.Button(description="Undo", tooltip="Undo the last change"),
          "reset": w.Button(description="Reset", tooltip="Back to the unmoved image"),
@@ -107,13 +109,14 @@ def arranged(
     places = {"data set": data, "random": random, "upload": upload}
     source = w.VBox([places[c["kind"].value]])
     c["kind"].observe(lambda change: setattr(source, "children", [places[change.new]]), "value")
+    half = {"flex": "1 1 320px", "min_width": "290px"}
     left = w.VBox([head("Image"), c["kind"], source, head("Direction"), c["direction"], out["bars"],
                    c["alpha"],
                    c["typed"], out["size"], c["layers"], c["second"], c["alpha2"], c["typed2"],
-                   row(c["undo"], c["reset"])], layout=w.Layout(flex="1 1 320px", min_width="290px", padding="0 16px 0 0"))
+                   row(c["undo"], c["reset"])], layout=w.Layout(**half, padding="0 16px 0 0"))
     right = w.VBox([c["view"], out["pictures"], out["strip"], out["status"], head("Review"), c["decision"],
                     c["name"],
                     c["category"], c["note"], c["reviewer"], c["save"], out["saved"], head("Files"),
                     c["export"],
-                    out["files"]], layout=w.Layout(flex="1 1 320px", min_width="290px"))
+                    out["files"]], layout=w.Layout(**half))
     return w.VBox([w.HTML(f"<small>{html.escape(ABOUT)} Not a medical device.</small>"), row(left, right)])
