@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['arguments', 'settings_of', 'stage_name', 'waiting_for', 'restart', 'snakemake', 'planned', 'reproduce', 'stopped',
-           'made_run', 'explore_command', 'fetch_command', 'run_command', 'main']
+           'made_run', 'explore_command', 'merge_command', 'fetch_command', 'run_command', 'main']
 
 # %% ../nbs/18_reproduce.ipynb #8eddb22c
 import argparse, fcntl, os, re, shlex, shutil, subprocess, sys, time
@@ -182,7 +182,7 @@ def stopped(
         print("\n".join(["\nSnakemake stopped:", *log.splitlines()[-12:]]), file=sys.stderr)
     return 1
 
-# %% ../nbs/18_reproduce.ipynb #84f696f0
+# %% ../nbs/18_reproduce.ipynb #6659637d
 def made_run(
     words: dict,  # profile, run, published
 ) -> Run:  # the run whose generator is used
@@ -221,6 +221,25 @@ def explore_command(
     options = parser.parse_args(words[1:])
     from dermgan.explore import serve
     return serve(made_run(vars(options)), options.port, not options.no_browser)
+
+
+def merge_command(
+    words: list[str],  # the command line after `dermgan merge`
+) -> int:  # exit code
+    "`dermgan merge A B --out FILE`: two reviewers' files in one, and how well they agree."
+    from dermgan.review import load_review, merge_reviews, save_review
+    parser = argparse.ArgumentParser("dermgan merge", description="Merge the reviews of two people.")
+    for name in ("a", "b"):
+        parser.add_argument(name, metavar=name.upper(), type=Path, help="a directions.yaml")
+    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="the merged directions.yaml")
+    options = parser.parse_args(words)
+    whole, agreement = merge_reviews(load_review(options.a), load_review(options.b))
+    save_review(options.out, whole)
+    for row in agreement.itertuples():
+        within = f"{row.low:.2f} to {row.high:.2f}"
+        print(f"{row.reviewers}: kappa {row.value:.2f} ({within}) on {row.n} directions")
+    print(f"{len(whole.rows)} directions in {options.out.name}")
+    return 0
 
 
 def fetch_command(
@@ -280,6 +299,8 @@ def main(
                 return snakemake_main(rest)
             case ["explore" | "augment", *_]:
                 return explore_command(words)
+            case ["merge", *rest]:
+                return merge_command(rest)
             case ["fetch", *rest]:
                 return fetch_command(rest)
             case ["readme"]:

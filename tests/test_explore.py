@@ -540,6 +540,16 @@ def test_the_command_says_what_is_missing(run, folder, tmp_path, capsys):
     assert main(["explore", "--run", str(tmp_path)]) == 2
 
 
+def test_the_command_merges_two_files(tmp_path, capsys):
+    for name, who, said in (("a", "AB", "keep"), ("b", "CD", "reject")):
+        save_review(tmp_path / f"{name}.yaml", Review("g1", {"sefa 3 @ 0-2": row(reviews=[word(who, said)])}))
+    out = tmp_path / "both.yaml"
+    assert main(["merge", str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml"), "--out", str(out)]) == 0
+    assert "AB, CD: kappa" in capsys.readouterr().out and verdict(load_review(out).rows["sefa 3 @ 0-2"]) == "unsure"
+    out.write_text("[")
+    assert main(["merge", str(out), str(tmp_path / "b.yaml"), "--out", str(tmp_path / "c.yaml")]) == 2
+
+
 def test_flips_are_counted_as_by_hand():
     g = generator()
     ws, none = draw_codes(g, 12, 0), torch.zeros(12, 0)
@@ -556,3 +566,15 @@ def test_flips_are_counted_as_by_hand():
     from scipy.stats import binomtest
     low, high = binomtest(7, 24).proportion_ci(0.95, method="wilson")
     assert wilson(7, 24) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_a_review_outlives_the_promotion_of_a_run(run, tmp_path):
+    from dermgan.publish import promote
+    folder = tmp_path / "figures" / "smoke"
+    folder.mkdir(parents=True)
+    save_review(folder / "directions.yaml", Review("g1", {"sefa 3 @ 0-2": row(reviews=[word()])}))
+    (folder / "old.csv").write_text("gone\n")
+    before = (folder / "directions.yaml").read_bytes()
+    promote(run, tmp_path)
+    assert (folder / "directions.yaml").read_bytes() == before and not (folder / "old.csv").exists()
+    assert "directions.yaml" in json.loads((folder / "PROVENANCE.json").read_text())["files"]
