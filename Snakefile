@@ -3,13 +3,15 @@
 import sys
 from pathlib import Path
 
-from dermgan.core import read_run
+from dermgan.core import file_sha256, read_run
 from dermgan.stages import cells, code_digest, notebook_digest, plan, top
 
 python = sys.executable
 run = read_run(Path.cwd())
 stages = plan()
 grid = cells(run.profile) if "11_classify" in stages else []
+review = top() / "figures" / run.profile.name / "directions.yaml"
+said = file_sha256(review) if review.is_file() else ""   # a saved decision makes 09_review run again
 cell_file = "ckpt/classify/{0}-{1}-plain-s{2}.json"
 # Narrow networks step faster on one thread than on two (benchmarks/gan_threads.py), and leave the other core to other stages.
 wide = {"05_gan", "07_invert", "07_encode", "08_hypertrain", "08_hyperstyle", "08_compare"}
@@ -32,7 +34,7 @@ for stage in stages:
         name: f"nb_{stage}"
         input: waits_for(stage)
         output: f"nbs/{stage}.ipynb"
-        params: stage=stage, key=notebook_digest(stage)
+        params: stage=stage, key=notebook_digest(stage) + (said if stage == "09_review" else "")
         threads: workflow.cores if stage in whole_machine else 1
         shell: "exec {python:q} -m dermgan.reproduce notebook {params.stage} --run ."
 

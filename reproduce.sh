@@ -28,6 +28,6 @@ export PATH="$(cd "$venv/bin" && pwd):$PATH" PYTHONPATH="$PWD${PYTHONPATH:+:$PYT
 
 case "${1:-}" in
     test) shift; exec python -m pytest "$@" ;;
-    lab)  shift; exec jupyter lab --notebook-dir nbs "$@" ;;
+    lab)  shift; exec jupyter lab --notebook-dir nbs --ServerApp.tornado_settings='{"websocket_max_message_size": 67108864}' "$@" ;;
     *)    exec python -m dermgan.reproduce run "$@" ;;
 esac

@@ -4,7 +4,7 @@
 __all__ = ['plan_images', 'measure_sources', 'quantised', 'render_rows', 'gate', 'check_provenance', 'made_by', 'measure_plan',
            'pack_kept', 'augment_sources', 'table1', 'set_table', 'sheet_rows', 'sheet_columns', 'draw_sheet']
 
-# %% ../nbs/10_augment.ipynb #f72041e0
+# %% ../nbs/10_augment.ipynb #d3bc4ab3
 import functools, json, time
 
 import numpy as np, pandas as pd, torch
@@ -14,9 +14,10 @@ from .core import (DataRefused, Run, SETS, code_key, load_state, named_seed, pro
 from .store import Images, pack_images, to_float, to_uint8
 from .data import check_sources, open_images
 from .metrics import LPIPS, open_lpips
-from .factorize import NAMES, Transformation, layers_label, load_transformations, move
+from .factorize import NAMES, Transformation, layers_label, move
 from .hyperstyle import Inversion, Nets, draw, pick
 from .allot import draw_set, set_size
+from .review import chosen_transformations
 
 # %% ../nbs/10_augment.ipynb #bc42a29b
 def plan_images(
@@ -119,7 +120,7 @@ def check_provenance(
                           "Make them again: delete tables/synthetic.csv.")
     return len(frame)
 
-# %% ../nbs/10_augment.ipynb #1186d1c5
+# %% ../nbs/10_augment.ipynb #9f1ac1ec
 def made_by(
     run: Run,  # its settings
     sources: pd.DataFrame,  # source_id of each inverted image
@@ -200,7 +201,7 @@ def augment_sources(
     inverted: Inversion,  # of them
 ) -> tuple[pd.DataFrame, str]:  # provenance of every image made, and what the gate was
     "Transform, measure, gate and pack; returns at once where that was done. DataRefused on a foreign source."
-    named, lpips = load_transformations(run.path("ckpt", "transformations.json")), open_lpips(run.weights)
+    named, lpips = chosen_transformations(run), open_lpips(run.weights)
     note, file = run.path("ckpt", "synthetic.json"), run.path("tables", "synthetic.csv")
     facts, train = made_by(run, sources, inverted, named, lpips.name), open_images(run, "train")
     if note.exists() and file.exists() and (done := json.loads(note.read_text()))["made_by"] == facts:
@@ -259,7 +260,7 @@ def set_table(
         rows += [(name, t, int(drawn.get(t, 0)), set_size(run, name, n_train)) for t in NAMES]
     return pd.DataFrame(rows, columns=["set", "transformation", "value", "n"])
 
-# %% ../nbs/10_augment.ipynb #fc119917
+# %% ../nbs/10_augment.ipynb #c6ffe0c0
 def sheet_rows(
     run: Run,  # with stores
     sources: pd.DataFrame,  # source_id
@@ -288,7 +289,7 @@ def sheet_columns(
 ) -> dict[str, torch.Tensor | None]:  # title -> images in [-1, 1]; None where no direction earned the name
     "Render the columns of a sheet."
     columns = {"original": to_float(originals), "inversion": draw(nets, inverted).cpu()}
-    for name, t in load_transformations(run.path("ckpt", "transformations.json")).items():
+    for name, t in chosen_transformations(run).items():
         for sign in signs:
             title = name if len(signs) == 1 else f"{name} {'+' if sign > 0 else '−'}"
             moved = t and move(inverted.ws, t.direction, sign * t.alpha, t.layers)

@@ -276,7 +276,7 @@ def effects(
                  for name, values in change.items()]
     return pd.DataFrame(rows)
 
-# %% ../nbs/06_factorize.ipynb #60c1d104
+# %% ../nbs/06_factorize.ipynb #1d08eeba
 GROUPS = {"size": ("area",), "pigment": ("lesion_L",), "skin": ("skin_L", "skin_a", "skin_b"),
           "shape": ("eccentricity", "orientation", "border", "asymmetry"), "position": ("x", "y")}
 RULES = {"SPV": (("size", "pigment"), ("skin", "shape", "position")),
@@ -288,10 +288,11 @@ RULES = {"SPV": (("size", "pigment"), ("skin", "shape", "position")),
 
 def group_effects(
     measured: pd.DataFrame,  # rows of one candidate, from `effects`
+    groups: dict[str, tuple[str, ...]] = GROUPS,  # group -> attributes
 ) -> tuple[dict[str, float], dict[str, bool]]:  # group -> absolute effect; is zero outside its interval?
     "The strongest attribute of each group."
     rows, size, sure = measured.set_index("attribute"), {}, {}
-    for group, names in GROUPS.items():
+    for group, names in groups.items():
         seen = rows.loc[[n for n in names if n in rows.index]]
         best = seen.value.abs().fillna(0).idxmax() if len(seen) else None
         size[group] = abs(float(seen.value.fillna(0)[best])) if best else 0.0

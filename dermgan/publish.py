@@ -143,7 +143,7 @@ def clean_outputs(
             output["execution_count"] = None
     return kept
 
-# %% ../nbs/16_publish.ipynb #ed5325c4
+# %% ../nbs/16_publish.ipynb #54a4f6f1
 def promote(
     run: Run,  # a finished run
     top: Path,  # the repository
@@ -155,6 +155,8 @@ def promote(
     try:
         for path in sorted([*run.folder.glob("figures/[!.]*"), *run.folder.glob("tables/[!.]*")]):
             shutil.copyfile(path, fresh / path.name)
+        if (review := folder / "directions.yaml").is_file():
+            shutil.copyfile(review, fresh / review.name)
         large = publish_weights(run, fresh)
         facts = provenance(run, fresh) | {"left_out": large}
         write_text(fresh / "PROVENANCE.json", json.dumps(facts, indent=1) + "\n")

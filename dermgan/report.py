@@ -184,7 +184,7 @@ def table_html(
     folded = f'{more}<table class="tidy">{head}{rest}</table></details>'
     return f'<table class="tidy">{head}{first}</table>' + (folded if rest else "")
 
-# %% ../nbs/16_report.ipynb #e0439858
+# %% ../nbs/16_report.ipynb #d8c61590
 def label(
     name: str,  # file name such as fig2_samples or table_gan
 ) -> str:  # "Fig. 2", "Table: gan" or "Figure: gan curves"
@@ -216,6 +216,7 @@ def section_html(
     "One stage of the report."
     text = passages(notebook_cells(run.folder / "nbs" / f"{name}.ipynb"))
     figures = [figure_html(run.folder / p) for p in made if p.startswith("figures/") and p.endswith(".png")]
+    figures += [(run.folder / p).read_text() for p in made if re.fullmatch(r"figures/\w+\.html", p)]
     wanted = [p for p in made if re.match(r"tables/table(?!_environment|_stages).*\.csv", p)]
     frames = {Path(p).stem: pd.read_csv(run.folder / p) for p in wanted}
     tables = [f"<h4>{label(stem)}</h4>{table_html(frame)}" for stem, frame in frames.items()]

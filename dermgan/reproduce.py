@@ -2,23 +2,25 @@
 
 # %% auto #0
 __all__ = ['arguments', 'settings_of', 'stage_name', 'waiting_for', 'restart', 'snakemake', 'planned', 'reproduce', 'stopped',
-           'fetch_command', 'run_command', 'main']
+           'made_run', 'explore_command', 'merge_command', 'fetch_command', 'run_command', 'main']
 
-# %% ../nbs/18_reproduce.ipynb #f8e20295
+# %% ../nbs/18_reproduce.ipynb #8eddb22c
 import argparse, fcntl, os, re, shlex, shutil, subprocess, sys, time
 from pathlib import Path
 
-from .core import ConfigError, DermganError, Run, profile_names, remove_temporaries, resolve_run
+from .core import (ConfigError, DermganError, Run, profile_names, read_run, remove_temporaries,
+                          resolve_run)
 from .publish import promote, write_readme
 from .report import summary_text
-from .stages import (MARK, check_parameters, end_with_parent, execute, forget_incomplete, made_files, plan,
+from .stages import (MARK, check_parameters, end_with_parent, execute, forget_incomplete, made_files,
+                            plan,
                             run_cell, run_environment, run_notebook, top)
 
-# %% ../nbs/18_reproduce.ipynb #f2504642
+# %% ../nbs/18_reproduce.ipynb #7b0d2fa0
 def arguments() -> argparse.ArgumentParser:  # of ./reproduce.sh and `dermgan run`
     "The options of a reproduction."
     about = "Run the notebooks in order; figures and tables end in runs/. Also: ./reproduce.sh test | lab"
-    more = "Also: dermgan fetch NAME --accept-licence (outside files), dermgan readme (README.md)."
+    more = "Also: dermgan explore, dermgan augment DIR --out DIR, dermgan fetch NAME, dermgan readme."
     parser = argparse.ArgumentParser("./reproduce.sh", description=about, epilog=more)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add = parser.add_argument
@@ -180,7 +182,66 @@ def stopped(
         print("\n".join(["\nSnakemake stopped:", *log.splitlines()[-12:]]), file=sys.stderr)
     return 1
 
-# %% ../nbs/18_reproduce.ipynb #4b668f49
+# %% ../nbs/18_reproduce.ipynb #6659637d
+def made_run(
+    words: dict,  # profile, run, published
+) -> Run:  # the run whose generator is used
+    "The run that is named, else the profile's newest with measured directions, else published weights."
+    if words["run"]:
+        return read_run(words["run"])
+    folders = sorted(top().glob(f"runs/{words['profile']}-*/ckpt/candidates.json"),
+                     key=lambda p: p.stat().st_mtime)
+    if folders and not words["published"]:
+        return read_run(folders[-1].parent.parent)
+    return resolve_run(words["profile"], published=words["published"] or str(top() / "figures"
+                                                                             / words["profile"]))
+
+
+def explore_command(
+    words: list[str],  # the command line after `dermgan explore` or `dermgan augment`, that word first
+) -> int:  # exit code
+    "`dermgan explore`: the explorer as a page. `dermgan augment DIR --out DIR`: one's own pictures, moved."
+    parser, asked = argparse.ArgumentParser(f"dermgan {words[0]}"), words[0]
+    add = parser.add_argument
+    add("--profile", default="quick", choices=profile_names(), help="whose generator (default: quick)")
+    add("--run", metavar="DIR", type=Path, help="a run's folder; default: the newest of the profile")
+    add("--from", dest="published", metavar="DIR", help="weights published in figures/PROFILE/")
+    if asked == "augment":
+        add("folder", metavar="DIR", type=Path, help="pictures: JPEG, PNG, WebP or BMP")
+        add("--out", metavar="DIR", type=Path, required=True,
+            help="a new folder for the pictures and provenance.csv")
+        add("--suggested", action="store_true", help="also directions that no person has reviewed")
+        options = parser.parse_args(words[1:])
+        from dermgan.frames import augment_folder
+        frame = augment_folder(made_run(vars(options)), options.folder, options.out, options.suggested)
+        print(f"{len(frame)} pictures of {frame.source.nunique()} files, provenance.csv, rejected.csv")
+        return 0
+    add("--port", type=int, default=8866, help="on this machine's loopback (default: 8866)")
+    add("--no-browser", action="store_true", help="open no browser")
+    options = parser.parse_args(words[1:])
+    from dermgan.explore import serve
+    return serve(made_run(vars(options)), options.port, not options.no_browser)
+
+
+def merge_command(
+    words: list[str],  # the command line after `dermgan merge`
+) -> int:  # exit code
+    "`dermgan merge A B --out FILE`: two reviewers' files in one, and how well they agree."
+    from dermgan.review import load_review, merge_reviews, save_review
+    parser = argparse.ArgumentParser("dermgan merge", description="Merge the reviews of two people.")
+    for name in ("a", "b"):
+        parser.add_argument(name, metavar=name.upper(), type=Path, help="a directions.yaml")
+    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="the merged directions.yaml")
+    options = parser.parse_args(words)
+    whole, agreement = merge_reviews(load_review(options.a), load_review(options.b))
+    save_review(options.out, whole)
+    for row in agreement.itertuples():
+        within = f"{row.low:.2f} to {row.high:.2f}"
+        print(f"{row.reviewers}: kappa {row.value:.2f} ({within}) on {row.n} directions")
+    print(f"{len(whole.rows)} directions in {options.out.name}")
+    return 0
+
+
 def fetch_command(
     words: list[str],  # the command line after `dermgan fetch`
 ) -> int:  # exit code
@@ -236,6 +297,10 @@ def main(
                 end_with_parent()
                 from snakemake.cli import main as snakemake_main
                 return snakemake_main(rest)
+            case ["explore" | "augment", *_]:
+                return explore_command(words)
+            case ["merge", *rest]:
+                return merge_command(rest)
             case ["fetch", *rest]:
                 return fetch_command(rest)
             case ["readme"]:

@@ -14,7 +14,7 @@ from .core import (ConfigError, DataMissing, Profile, Run, code_meaning, read_ru
                           write_text)
 from .report import notebook_cells, stage_logs
 
-# %% ../nbs/17_stages.ipynb #20bc4571
+# %% ../nbs/17_stages.ipynb #8f56e227
 NEEDS = {
     "00_settings": (),
     "00_core": ("00_settings",),
@@ -38,15 +38,20 @@ NEEDS = {
     "08_hypertrain": ("07_encode", "08_hypernet"),
     "08_hyperstyle": ("08_hypertrain",),
     "08_compare": ("06_factorize", "07_invert", "08_hyperstyle"),
-    "09_explore": ("06_factorize", "08_hyperstyle"),
-    "10_augment": ("10_allot", "06_factorize", "08_hyperstyle", "09_explore"),
+    "09_directions": ("06_factorize",),
+    "09_review": ("07_encode", "09_directions"),
+    "09_frames": ("08_hyperstyle", "09_review"),
+    "09_panel": ("09_frames",),
+    "09_explore": ("09_panel",),
+    "10_augment": ("10_allot", "08_hyperstyle", "09_review"),
     "10_allot": ("02_phantom",),
     "11_classify": ("02_phantom",),
+    "12_labels": ("10_augment", "11_classify"),
     "12_results": ("08_compare", "10_augment", "11_classify"),
     "13_lrp": ("12_results",),
     "14_crp": ("13_lrp",),
     "15_pcx": ("14_crp",),
-    "index": ("12_results", "15_pcx"),
+    "index": ("09_explore", "12_labels", "12_results", "15_pcx"),
     "16_report": ("index",),
     "16_publish": ("16_report",),
     "17_stages": ("16_publish",),
