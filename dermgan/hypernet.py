@@ -206,7 +206,7 @@ class HyperNet(nn.Module):
         "The codes before the first pass: zeros, which leave the generator as it is."
         return torch.zeros(count, len(self.layers), self.code + 1).to(next(self.parameters()))
 
-# %% ../nbs/08_hypernet.ipynb #da23f332
+# %% ../nbs/08_hypernet.ipynb #f9f03711
 def tuned_conv(
     x: torch.Tensor,  # [N, I, H, W]
     weight: torch.Tensor,  # of each image, [N, O, I, 3, 3]
@@ -216,10 +216,11 @@ def tuned_conv(
     "Convolve each image with its own weights."
     n, small = len(x), x.shape[3] * (1 + up) <= grouped_px
     weight = weight.to(x.dtype).transpose(1, 2) if up else weight.to(x.dtype)
-    pairs = [(x.reshape(1, -1, *x.shape[2:]), weight.flatten(0, 1))] if small else zip(x.split(1), weight)
+    pairs = [(x.flatten(0, 1)[None], weight.flatten(0, 1))] if small else zip(x.split(1), weight)
     groups = n if small else 1
     if not up:
-        return torch.cat([F.conv2d(y, w, padding=1, groups=groups) for y, w in pairs]).view(n, -1, *x.shape[2:])
+        same = torch.cat([F.conv2d(y, w, padding=1, groups=groups) for y, w in pairs])
+        return same.view(n, -1, *x.shape[2:])
     doubled = torch.cat([F.conv_transpose2d(y, w, stride=2, groups=groups) for y, w in pairs])
     return fir(doubled.view(n, -1, *doubled.shape[2:]), padding=1, gain=4.0)
 
