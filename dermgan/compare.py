@@ -95,7 +95,7 @@ def stripes(
     bars = (torch.arange(image_px) // max(1, image_px // 8) % 2 * 2 - 1).float()
     return bars.expand(1, 3, image_px, image_px).contiguous()
 
-# %% ../nbs/08_compare.ipynb #6c0ad348
+# %% ../nbs/08_compare.ipynb #9c83ea2d
 def fine_detail(
     drawn: torch.Tensor,  # [N, 3, H, W]
     images: torch.Tensor,  # originals, [N, 3, H, W]
@@ -115,7 +115,8 @@ def what_is_kept(
     for name, x in drawn.items():
         found, n = lesion_attributes(x), len(x)
         for column in known if n > 3 else ():
-            rank = known[column][:n].corr(found[column], method="spearman")
+            varies = found[column].nunique() > 1 and known[column][:n].nunique() > 1
+            rank = known[column][:n].corr(found[column], method="spearman") if varies else np.nan
             half = 1.96 / (n - 3) ** 0.5
             low, high = np.tanh(np.arctanh(np.clip(rank, -1 + 1e-9, 1 - 1e-9)) + np.array([-half, half]))
             rows.append({"method": name, "metric": column, "value": rank, "low": low, "high": high, "n": n})
