@@ -269,7 +269,7 @@ def reset(
 Explorer.choose_direction, Explorer.moves, Explorer.changed = choose_direction, moves, changed
 Explorer.undo, Explorer.reset = undo, reset
 
-# %% ../nbs/09_explore.ipynb #8ae091d3
+# %% ../nbs/09_explore.ipynb #5a71030e
 FRAMES = tuple(k / 4 for k in range(-4, 5))
 
 
@@ -319,7 +319,8 @@ def draw_now(
         parts = [(start, f"original: {name}")]
     parts.append((moved, f"{name} moved along {row.key} by {steps[0].alpha:+.2f}"))
     self.out["pictures"].value = ('<div style="display:flex;flex-wrap:wrap;gap:8px">'
-                                  + "".join(f'<div style="flex:1 1 140px">{image_html(*part)}</div>'
+                                  + "".join(f'<div style="flex:1 1 140px">{image_html(*part)}<br>'
+                                            f'<small aria-hidden="true">{html.escape(part[1])}</small></div>'
                                             for part in parts) + "</div>")
     strip = torch.cat(list(strip_of(self, steps)), 2)
     self.out["strip"].value = image_html(strip,
@@ -393,13 +394,14 @@ def explorer(
 
 Explorer.save, Explorer.list_directions, Explorer.export = save, list_directions, export
 
-# %% ../nbs/09_explore.ipynb #8b2e22a8
+# %% ../nbs/09_explore.ipynb #ac5db5c2
 MESSAGE_BYTES = 64 * 2**20
 
 
 def explore_notebook() -> str:  # JSON of a notebook
     "The notebook behind the page: one cell."
-    code = ("import os\nfrom pathlib import Path\nfrom dermgan.core import read_run\n"
+    code = ("import os\nfrom pathlib import Path\nos.environ['DERMGAN_PROGRESS'] = os.devnull\n"
+            "from dermgan.core import read_run\n"
             "from dermgan.explore import explorer\n"
             "explorer(read_run(Path(os.environ['DERMGAN_RUN'])))")
     cells = [{"cell_type": "markdown", "id": "title", "metadata": {}, "source": "# Direction explorer"},

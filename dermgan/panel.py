@@ -56,7 +56,7 @@ def image_html(
     return (f'<img alt="{html.escape(alt)}" src="data:image/jpeg;base64,{data}" '
             f'style="width:100%;max-width:{width}px;height:auto">')
 
-# %% ../nbs/09_panel.ipynb #8bda39db
+# %% ../nbs/09_panel.ipynb #53acb62f
 def controls(
     rows: list[tuple[Row, str, float]],  # from `review.match_review`
     classes: list[str],  # of the data set; empty without images
@@ -92,8 +92,8 @@ def controls(
          "note": make(w.Textarea, "Note", rows=2),
          "reviewer": make(w.Text, "Initials"), "save": w.Button(description="Save decision",
                                                                 button_style="primary")}
-    w.jslink((c["alpha"], "value"), (c["typed"], "value"))
-    w.jslink((c["alpha2"], "value"), (c["typed2"], "value"))
+    for slider, box in (("alpha", "typed"), ("alpha2", "typed2")):
+        w.link((c[slider], "value"), (c[box], "value"), transform=(lambda x: round(x, 6), float))
     return c
 
 

@@ -145,6 +145,7 @@ def test_voila_shows_the_explorer_and_keeps_a_decision(serve, browser, run, tmp_
           f"http://127.0.0.1:{port}/")
     browser.goto(f"http://127.0.0.1:{port}/")
     look_move_upload_and_decide(browser, tmp_path)
+    assert browser.get_by_text("Error displaying widget").count() == 0
     kept = load_review(review)
     assert kept.generator == decoder_key(open_generator(run))
     assert [said["name"] for row in kept.rows.values() for said in row.reviews] == ["larger"]
