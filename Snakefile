@@ -16,6 +16,7 @@ cell_file = "ckpt/classify/{0}-{1}-plain-s{2}.json"
 # Narrow networks step faster on one thread than on two (benchmarks/gan_threads.py), and leave the other core to other stages.
 wide = {"05_gan", "07_invert", "07_encode", "08_hypertrain", "08_hyperstyle", "08_compare"}
 whole_machine = wide if run.profile.channel_base >= 2048 else set()
+long = {"05_gan", "07_invert", "07_encode", "08_hypertrain", "10_augment"}   # begun first: most of the rest waits for them
 
 
 def waits_for(stage):
@@ -36,6 +37,7 @@ for stage in stages:
         output: f"nbs/{stage}.ipynb"
         params: stage=stage, key=notebook_digest(stage) + (said if stage == "09_review" else "")
         threads: workflow.cores if stage in whole_machine else 1
+        priority: 2 if stage in long else 0
         shell: "exec {python:q} -m dermgan.reproduce notebook {params.stage} --run ."
 
 

@@ -79,7 +79,7 @@ StyleGAN2, {p.image_px} px, EMA weights in half precision ({size_mib:.1f} MiB), 
   artefacts of two clinics. A generator may reproduce training images.
 """
 
-# %% ../nbs/16_publish.ipynb #d99b9878
+# %% ../nbs/16_publish.ipynb #c67c7c54
 def copy_outputs(
     run: Run,  # a finished run
     nbs: Path,  # the notebooks of the repository
@@ -100,7 +100,7 @@ def copy_outputs(
             continue
         for cell, ran in zip(code, done):
             cell["outputs"], cell["execution_count"] = clean_outputs(ran["outputs"]), None
-        for quality in (None, 80, 60, 40):
+        for quality in (None, 80, 60, 40, 25):
             for cell in code if quality else ():
                 cell["outputs"] = lighter(cell["outputs"], quality)
             text = json.dumps(book, indent=1, ensure_ascii=False, sort_keys=True) + "\n"

@@ -14,7 +14,7 @@ from .core import (ConfigError, DataMissing, Profile, Run, code_meaning, read_ru
                           write_text)
 from .report import notebook_cells, stage_logs
 
-# %% ../nbs/17_stages.ipynb #8f56e227
+# %% ../nbs/17_stages.ipynb #147c39fa
 NEEDS = {
     "00_settings": (),
     "00_core": ("00_settings",),
@@ -36,7 +36,7 @@ NEEDS = {
     "07_encode": ("05_gan", "07_trunk"),
     "08_hypernet": ("00_core",),
     "08_hypertrain": ("07_encode", "08_hypernet"),
-    "08_hyperstyle": ("08_hypertrain",),
+    "08_hyperstyle": ("07_invert", "08_hypertrain"),
     "08_compare": ("06_factorize", "07_invert", "08_hyperstyle"),
     "09_directions": ("06_factorize",),
     "09_review": ("07_encode", "09_directions"),
