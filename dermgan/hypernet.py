@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['tuned_layers', 'Offsets', 'Affine', 'norm', 'Basic', 'trunk', 'head', 'HyperNet', 'tuned_conv', 'tuned_layer',
-           'synthesize_tuned', 'refinements', 'draw_tuned', 'render_tuned', 'refine']
+           'synthesize_tuned', 'refinements', 'draw_tuned', 'images_at_once', 'render_tuned', 'refine']
 
 # %% ../nbs/08_hypernet.ipynb #57ac500c
 import math
@@ -206,23 +206,18 @@ class HyperNet(nn.Module):
         "The codes before the first pass: zeros, which leave the generator as it is."
         return torch.zeros(count, len(self.layers), self.code + 1).to(next(self.parameters()))
 
-# %% ../nbs/08_hypernet.ipynb #f9f03711
+# %% ../nbs/08_hypernet.ipynb #08c5d67e
 def tuned_conv(
     x: torch.Tensor,  # [N, I, H, W]
     weight: torch.Tensor,  # of each image, [N, O, I, 3, 3]
     up: bool,  # double the size
-    grouped_px: int = 16,  # largest plane for which a grouped convolution is the faster one
 ) -> torch.Tensor:  # [N, O, H, W] or [N, O, 2H, 2W]
     "Convolve each image with its own weights."
-    n, small = len(x), x.shape[3] * (1 + up) <= grouped_px
-    weight = weight.to(x.dtype).transpose(1, 2) if up else weight.to(x.dtype)
-    pairs = [(x.flatten(0, 1)[None], weight.flatten(0, 1))] if small else zip(x.split(1), weight)
-    groups = n if small else 1
+    pairs = zip(x.split(1), weight.to(x.dtype))
     if not up:
-        same = torch.cat([F.conv2d(y, w, padding=1, groups=groups) for y, w in pairs])
-        return same.view(n, -1, *x.shape[2:])
-    doubled = torch.cat([F.conv_transpose2d(y, w, stride=2, groups=groups) for y, w in pairs])
-    return fir(doubled.view(n, -1, *doubled.shape[2:]), padding=1, gain=4.0)
+        return torch.cat([F.conv2d(one, w, padding=1) for one, w in pairs])
+    doubled = [F.conv_transpose2d(one, w.transpose(0, 1), stride=2) for one, w in pairs]
+    return fir(torch.cat(doubled), padding=1, gain=4.0)
 
 
 def tuned_layer(
@@ -232,15 +227,13 @@ def tuned_layer(
     offset: torch.Tensor,  # of its weights, [N, O, I, k, k]
 ) -> torch.Tensor:  # [N, O, H, W] or [N, O, 2H, 2W]
     "A style layer with weights W (1 + offset), under the generator's fixed noise."
-    tuned, style, gain = (1 + offset).permute(0, 1, 3, 4, 2), layer.affine(w), math.sqrt(2)
-    plain = layer.weight.permute(0, 2, 3, 1).contiguous()
-    weight = (plain.to(offset.dtype) * tuned).permute(0, 1, 4, 2, 3)
+    plain, gain = layer.weight.permute(0, 2, 3, 1).contiguous(), math.sqrt(2)
+    scale = (1 + offset.to(plain.dtype)).permute(0, 1, 3, 4, 2) * layer.affine(w)[:, None, None, None]
     energy = plain.square() if offset.shape[-1] > 1 else plain.square().sum((1, 2), keepdim=True)
-    lengths = ((energy * tuned.to(style.dtype).square()).sum((2, 3)) @ style.square()[:, :, None])[:, :, 0]
-    factor = (torch.rsqrt(lengths + 1e-8) * gain).to(x.dtype)[:, :, None, None]
-    x = tuned_conv(x * style.to(x.dtype)[:, :, None, None], weight, layer.up) * factor
-    noise = layer.noise_const * layer.noise_strength * gain
-    return F.leaky_relu(x + (layer.bias * gain).to(x.dtype)[:, None, None] + noise.to(x.dtype), 0.2)
+    factor = torch.rsqrt((energy * scale.square()).sum((2, 3, 4), keepdim=True) + 1e-8) * gain
+    weight = (plain.to(offset.dtype) * (scale * factor).to(offset.dtype)).permute(0, 1, 4, 2, 3)
+    x = tuned_conv(x, weight, layer.up) + (layer.bias * gain).to(x.dtype)[:, None, None]
+    return F.leaky_relu(x + (layer.noise_const * layer.noise_strength * gain).to(x.dtype), 0.2)
 
 
 def synthesize_tuned(
@@ -261,7 +254,7 @@ def synthesize_tuned(
         image = rgb if block.first else upsample(image) + rgb
     return image
 
-# %% ../nbs/08_hypernet.ipynb #10e4639a
+# %% ../nbs/08_hypernet.ipynb #d78068b1
 def refinements(
     hyper: HyperNet,  # the hypernetwork
     g: Generator,  # without gradients for its weights
@@ -289,15 +282,24 @@ def draw_tuned(
     return synthesize_tuned(g.synthesis, ws, hyper.offsets(codes, g.synthesis.compute_dtype))
 
 
+def images_at_once(
+    hyper: HyperNet,  # the hypernetwork
+    limit_mib: int = 256,  # for the offsets of all layers
+) -> int:  # 1 to 32
+    "How many images' own weights fit a memory: four bytes each, a 3x3 kernel for every pair of channels."
+    weights = sum(9 * o * i for o, i, _ in hyper.layers.values())
+    return min(32, max(1, limit_mib * 2**20 // (4 * weights)))
+
+
 def render_tuned(
     hyper: HyperNet,  # the hypernetwork
     g: Generator,  # its generator
     ws: torch.Tensor,  # style codes, [N, L, w_dim]
     codes: torch.Tensor,  # summed codes, [N, L, c + 1]
-    batch_images: int = 16,  # images at a time
+    batch_images: int | None = None,  # images at a time; None fits them to memory
 ) -> torch.Tensor:  # images in [-1, 1], [N, 3, H, W], float32
     "Draw images without gradients, clamped to an image's range; a batch of zero offsets is the plain one."
-    images = []
+    images, batch_images = [], batch_images or images_at_once(hyper)
     with torch.no_grad():
         for w, z in zip(ws.split(batch_images), codes.split(batch_images)):
             offsets = hyper.offsets(z, g.synthesis.compute_dtype)
@@ -313,10 +315,10 @@ def refine(
     images: torch.Tensor,  # wanted, [N, 3, H, W] in [-1, 1]
     ws: torch.Tensor,  # style codes of the encoder, [N, L, w_dim]
     passes: int,  # T; 0 is the encoder alone
-    batch_images: int = 32,  # images at a time
+    batch_images: int | None = None,  # images at a time; None fits them to memory
 ) -> torch.Tensor:  # summed codes, [N, L, c + 1]
     "The summed codes of images after all passes."
-    parts = [hyper.nothing(0)]
+    parts, batch_images = [hyper.nothing(0)], batch_images or images_at_once(hyper)
     with torch.no_grad():
         for x, w in zip(images.split(batch_images), ws.split(batch_images)):
             codes = hyper.nothing(len(x))
