@@ -313,7 +313,7 @@ def require_finite(
                         f"First tensor that holds NaN or infinity: {first}.",
                         "The last good checkpoint is kept. Try --set precision=fp32 or half of gan_lr.")
 
-# %% ../nbs/05_gan.ipynb #4937c872
+# %% ../nbs/05_gan.ipynb #d7771a02
 def sample(
     g: Generator,  # in eval mode
     count: int,  # images
@@ -343,12 +343,12 @@ def sheet(
 
 def tick(
     run: Run,  # where to write
-    t: Training,  # measured and saved
+    t: Training,  # measured; its `best` is updated
     reals: torch.Tensor,  # features of validation images, [n, d]
     extractor: "Extractor",  # from `metrics.open_extractor`
-    facts: dict,  # stored with the checkpoint
+    facts: dict,  # stored with the generator
 ) -> float:  # Frechet distance
-    "Measure, keep the best, draw a sheet, save."
+    "Measure, keep the best, draw a sheet."
     from PIL import Image
     fakes = sample(t.ema, run.profile.gan_fd_images, run.seed)
     distance = float(frechet_distance(reals, features(fakes, extractor)))
@@ -358,10 +358,9 @@ def tick(
         save_generator(run.path("ckpt", "generator.safetensors"), t.ema, about)
     picture = Image.fromarray(sheet(fakes[:64], 8))
     write_atomic(run.path("logs", "gan", f"sheet-{t.step:07d}.png"), lambda file: picture.save(file, "PNG"))
-    save_atomic(run.path("ckpt", "gan.pt"), pack(t, facts))
     return distance
 
-# %% ../nbs/05_gan.ipynb #7c4c3df7
+# %% ../nbs/05_gan.ipynb #5d0b0aab
 def log(
     run: Run,  # its stats.jsonl
     entry: dict | None,  # appended as a line; None drops what lies after `step`
@@ -417,10 +416,13 @@ def train_gan(
         if t.step % 32 == 0 or t.step % every == 0 or t.step == total:
             require_finite(logs, t)
             entry = {"step": t.step, "kimg": t.step * kimg} | {k: round(v.item(), 6) for k, v in logs.items()}
-            if t.step % every == 0 or t.step == total:
+            ticked = t.step % every == 0 or t.step == total
+            if ticked:
                 entry["distance"] = tick(run, t, reals, extractor, facts)
                 bar.set_postfix_str(f"{extractor.name} {entry['distance']:.3g}")
             log(run, entry | {"seconds": round((time.perf_counter() - started) / (t.step - first), 5)})
+            if ticked:
+                save_atomic(run.path("ckpt", "gan.pt"), pack(t, facts))
     bar.close()
     return open_generator(run)
 

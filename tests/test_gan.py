@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -52,16 +51,38 @@ def digest(run):
     return total.hexdigest()
 
 
-def test_killed_and_resumed_equals_uninterrupted(tmp_path):
+DYING = """
+import os, signal, sys
+from pathlib import Path
+from dermgan import gan
+from dermgan.core import read_run
+
+name, moment, calls = sys.argv[2], sys.argv[3], 0
+real = getattr(gan, name)
+
+def dying(*args):
+    global calls
+    calls += 1
+    if moment == "before" and calls == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    result = real(*args)
+    if moment == "after" and calls == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+setattr(gan, name, dying)
+gan.train_gan(read_run(Path(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize("name, moment, step", [("log", "after", 0), ("log", "before", 10), ("save_atomic", "after", 20), ("save_atomic", "before", 20)])
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, name, moment, step):
     whole, killed = make_run(tmp_path / "whole"), make_run(tmp_path / "killed")
     gan.train_gan(whole)
-    code = f"from pathlib import Path; from dermgan.core import read_run; from dermgan.gan import train_gan; train_gan(read_run(Path({str(killed.folder)!r})))"
-    child = subprocess.Popen([sys.executable, "-c", code], env=os.environ)
-    while child.poll() is None and not (killed.folder / "ckpt" / "gan.pt").exists():
-        time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
-    assert 10 <= load_state(killed.path("ckpt", "gan.pt"))["step"] < 40
+    child = subprocess.run([sys.executable, "-c", DYING, killed.folder, name, moment], env=os.environ)
+    assert child.returncode == -signal.SIGKILL
+    saved = killed.path("ckpt", "gan.pt")
+    assert (load_state(saved)["step"] if saved.exists() else 0) == step
     gan.train_gan(read_run(killed.folder))
     assert digest(killed) == digest(whole)
     losses = [[{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in run.path("stats.jsonl").read_text().splitlines()]
