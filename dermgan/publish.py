@@ -12,7 +12,7 @@ from pathlib import Path
 from .core import Run, file_sha256, git_state, load_weights, save_weights, write_text
 from .report import environment_of, notebook_cells, stage_logs
 
-# %% ../nbs/16_publish.ipynb #8907c822
+# %% ../nbs/16_publish.ipynb #d33cc51d
 def provenance(
     run: Run,  # the run
     folder: Path,  # the published files
@@ -32,8 +32,8 @@ def publish_weights(
     run: Run,  # the run
     folder: Path,  # where they go
     limit_mib: float = 16,  # largest file that a repository should carry
-) -> list[str]:  # weights that are too large, each with its size and digest
-    "Copy the weights that the run keeps, in half precision, with a card."
+) -> list[str]:  # weights left out, each with its size and digest
+    "Copy generator and encoder, the hours of a run on real images, in half precision, with a card."
     places = [place for place in (run.folder / "ckpt", run.published) if place]
     kept = {path.name: path for place in places for path in sorted(place.glob("*.safetensors"))}
     left = []
@@ -41,8 +41,8 @@ def publish_weights(
         tensors, facts = load_weights(source)
         half = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
         size = sum(v.numel() * v.element_size() for v in half.values()) / 2**20
-        if size > limit_mib:
-            left.append(f"{source.name}: {size:.0f} MiB, over {limit_mib:g}; sha256 {file_sha256(source)}")
+        if source.stem not in ("generator", "encoder") or size > limit_mib:
+            left.append(f"{source.name}: {size:.1f} MiB; sha256 {file_sha256(source)}")
             continue
         save_weights(folder / source.name, half, facts)
         if source.name == "generator.safetensors":
@@ -143,7 +143,7 @@ def clean_outputs(
             output["execution_count"] = None
     return kept
 
-# %% ../nbs/16_publish.ipynb #54a4f6f1
+# %% ../nbs/16_publish.ipynb #195820af
 def promote(
     run: Run,  # a finished run
     top: Path,  # the repository
@@ -157,8 +157,8 @@ def promote(
             shutil.copyfile(path, fresh / path.name)
         if (review := folder / "directions.yaml").is_file():
             shutil.copyfile(review, fresh / review.name)
-        large = publish_weights(run, fresh)
-        facts = provenance(run, fresh) | {"left_out": large}
+        left_out = publish_weights(run, fresh)
+        facts = provenance(run, fresh) | {"left_out": left_out}
         write_text(fresh / "PROVENANCE.json", json.dumps(facts, indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         fresh.rename(folder)
@@ -167,7 +167,7 @@ def promote(
     left = copy_outputs(run, top / "nbs") if run.profile.name == "quick" else []
     if run.profile.name == "quick":
         write_readme(top)
-    lines = [f"Left out: {line}" for line in large] + [f"Left as it was: {line}" for line in left]
+    lines = [f"Left out: {line}" for line in left_out] + [f"Left as it was: {line}" for line in left]
     return "\n".join([f"Promoted to figures/{run.profile.name}/.", *lines])
 
 # %% ../nbs/16_publish.ipynb #70220038
