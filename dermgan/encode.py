@@ -6,7 +6,7 @@ __all__ = ['MOCO', 'NETS', 'PARTS', 'active_offsets', 'delta_penalty', 'code_los
            'fast_precision', 'fitted_by', 'decoder_key', 'last_quarter_gain', 'validate', 'keep', 'resume_fit',
            'train_encoder', 'open_encoder']
 
-# %% ../nbs/07_encode.ipynb #c3622832
+# %% ../nbs/07_encode.ipynb #ce2af6e8
 import copy, json, math, time
 from dataclasses import dataclass, field
 from typing import Callable
@@ -21,7 +21,7 @@ from .core import (DataMissing, DataRefused, NotFinite, Profile, Run, RunMismatc
 from .data import Images, open_images, to_float
 from .factorize import draw_codes, generator_key, render
 from .gan import (GAN_KEYS, apply, batch_indices, discriminator_loss, flip_and_crop, generator_loss,
-                         open_generator, r1_penalty)
+                         open_generator, r1_penalty, training_course)
 from .invert import losses
 from .metrics import open_lpips
 from .stylegan2 import Generator

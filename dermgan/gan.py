@@ -4,13 +4,15 @@
 __all__ = ['GAN_KEYS', 'FREE_KEYS', 'batch_indices', 'flip_and_crop', 'generator_loss', 'discriminator_loss', 'r1_penalty',
            'path_lengths', 'mixed_codes', 'Training', 'lazy_adam', 'begin', 'apply', 'train_generator',
            'train_discriminator', 'update_average', 'train_step', 'pick_precision', 'made_by', 'pack', 'unpack',
-           'require_finite', 'sample', 'sheet', 'tick', 'log', 'resume', 'train_gan', 'open_generator']
+           'require_finite', 'sample', 'sheet', 'tick', 'log', 'resume', 'train_gan', 'open_generator',
+           'training_course']
 
-# %% ../nbs/05_gan.ipynb #fa71fdcd
+# %% ../nbs/05_gan.ipynb #0d2435fa
 import copy, json, math, time
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch.nn import functional as F
 
@@ -360,7 +362,7 @@ def tick(
     write_atomic(run.path("logs", "gan", f"sheet-{t.step:07d}.png"), lambda file: picture.save(file, "PNG"))
     return distance
 
-# %% ../nbs/05_gan.ipynb #5d0b0aab
+# %% ../nbs/05_gan.ipynb #767ad9ca
 def log(
     run: Run,  # its stats.jsonl
     entry: dict | None,  # appended as a line; None drops what lies after `step`
@@ -436,3 +438,15 @@ def open_generator(
         raise DataMissing("This run has no generator yet.", f"{file.name} is made by 05_gan.",
                           f"Run: ./reproduce.sh --profile {run.profile.name} --until 05_gan")
     return load_generator(file)
+
+
+def training_course(
+    run: Run,  # its own training, or the published one that --from names
+    log_name: str,  # a JSON object a line, in the run's folder
+    curves: str,  # CSV beside published weights
+) -> list[dict]:  # an entry a row; empty where the training left none
+    "How a training went, by its log, or by the curves published with its weights."
+    own, given = run.path(log_name), run.published and run.published / curves
+    if own.is_file():
+        return [json.loads(line) for line in own.read_text().splitlines()]
+    return pd.read_csv(given).to_dict("records") if given and given.is_file() else []

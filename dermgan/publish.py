@@ -12,7 +12,7 @@ from pathlib import Path
 from .core import Run, file_sha256, git_state, load_weights, save_weights, write_text
 from .report import environment_of, notebook_cells, stage_logs
 
-# %% ../nbs/16_publish.ipynb #d33cc51d
+# %% ../nbs/16_publish.ipynb #ccf86029
 def provenance(
     run: Run,  # the run
     folder: Path,  # the published files
@@ -21,10 +21,14 @@ def provenance(
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "PROVENANCE.json")
     took = stage_logs(run)[["notebook", "seconds", "peak_mib"]].to_dict("records")
     facts = {str(p.relative_to(folder)): {"sha256": file_sha256(p), "bytes": p.stat().st_size} for p in files}
+    first = run.published and run.published / "PROVENANCE.json"
+    begun = json.loads(first.read_text()) if first and first.is_file() else {}
+    begun = begun.get("weights_from") or {key: begun.get(key) for key in ("commit", "environment", "stages")}
     return {"profile": asdict(run.profile), "seed": run.seed, **git_state(),
             "environment": environment_of(run), "outside_data": run.data is not None,
             "outside_weights": run.weights is not None,
-            "started_from_published_weights": run.published is not None, "stages": took,
+            "started_from_published_weights": run.published is not None,
+            "weights_from": begun if run.published else None, "stages": took,
             "files": facts}
 
 

@@ -176,3 +176,38 @@ def test_jupyterlab_runs_the_explorer_by_mouse_and_keys(serve, browser, run, tmp
     browser.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     look_move_upload_and_decide(browser, tmp_path)
     assert len(load_review(review).rows) == 1
+
+
+def test_the_report_moves_without_a_kernel_and_offline(browser, run, tmp_path, monkeypatch):
+    from dataclasses import replace
+    import io
+    from PIL import Image
+    from dermgan.frames import slider_html
+    from dermgan.report import report_html
+    report = replace(run, folder=tmp_path / "run")
+    frames = [io.BytesIO() for _ in range(3)]
+    for frame, colour in zip(frames, ("maroon", "peru", "gold")):
+        Image.new("RGB", (32, 32), colour).save(frame, "JPEG")
+    report.path("figures", "explorer_slider.html").write_text(
+        slider_html({"SV <wider>": [f.getvalue() for f in frames]}, [-1, 0, 1], "a lesion"))
+    shutil.copy(TOP / "nbs" / "09_frames.ipynb", report.path("nbs", "09_frames.ipynb"))
+    facts = {"seconds": 1, "peak_mib": 1, "made": ["figures/explorer_slider.html"]}
+    report.path("logs", "09_frames.json").write_text(json.dumps(facts))
+    page = tmp_path / "report.html"
+    page.write_text(report_html(report))
+    said, asked = [], []
+    browser.on("console", lambda message: said.append(message.text))
+    browser.on("pageerror", lambda error: said.append(str(error)))
+    browser.on("request", lambda request: asked.append(request.url))
+    browser.context.set_offline(True)
+    browser.goto(page.as_uri())
+    slider = browser.get_by_label("steps along SV <wider>")
+    slider.focus()
+    seen = []
+    for key in ("", "ArrowRight", "ArrowLeft", "ArrowLeft"):
+        if key:
+            browser.keyboard.press(key)
+        seen.append(browser.locator("figure.slide img:visible").get_attribute("alt"))
+    assert [alt.split("step ")[1] for alt in seen] == ["+0", "+1", "+0", "-1"]
+    assert browser.locator("figure.slide output").inner_text() == "-1"
+    assert said == [] and [url for url in asked if not url.startswith(("file:", "data:"))] == []

@@ -185,3 +185,16 @@ def test_lazy_regularisers_correct_adam():
 def test_no_generator_yet_is_said(tmp_path):
     with pytest.raises(DataMissing, match="--until 05_gan"):
         gan.open_generator(make_run(tmp_path))
+
+
+def test_published_weights_bring_the_course_of_their_training(tmp_path):
+    run, folder = resolve_run("smoke", 0, root=tmp_path), tmp_path / "published"
+    folder.mkdir()
+    assert gan.training_course(run, "stats.jsonl", "gan_curves.csv") == []
+    begun = replace(run, published=folder)
+    assert gan.training_course(begun, "stats.jsonl", "gan_curves.csv") == []
+    (folder / "gan_curves.csv").write_text("step,kimg,distance\n32,1.024,\n64,2.048,5.5\n")
+    course = gan.training_course(begun, "stats.jsonl", "gan_curves.csv")
+    assert [row["kimg"] for row in course] == [1.024, 2.048] and math.isnan(course[0]["distance"])
+    gan.log(begun, {"step": 1, "kimg": 0.5})
+    assert gan.training_course(begun, "stats.jsonl", "gan_curves.csv") == [{"step": 1, "kimg": 0.5}]

@@ -367,7 +367,12 @@ def test_promoting_a_run_that_started_from_published_weights_keeps_them(toy):
     run = replace(command.resolve_run("smoke", 7, root=toy / "runs"), published=folder)
     run.path("tables", "table_gan.csv").write_text("metric,value\n")
     save_weights(run.path("ckpt", "encoder.safetensors"), {"e": torch.ones(2)}, {})
-    publish.promote(run, toy)
+    trained = {"commit": "c0ffee", "environment": {"cores": 2}, "stages": [{"notebook": "05_gan", "seconds": 9}]}
+    (folder / "PROVENANCE.json").write_text(json.dumps(trained | {"files": {}}))
+    for _ in range(2):
+        publish.promote(run, toy)
+        said = json.loads((folder / "PROVENANCE.json").read_text())
+        assert said["weights_from"] == trained and said["started_from_published_weights"]
     names = sorted(p.name for p in folder.iterdir() if not p.name.endswith(".sha256"))
     assert names == ["MODEL_CARD.md", "PROVENANCE.json", "encoder.safetensors", "generator.safetensors", "table_gan.csv"]
     assert load_weights(folder / "generator.safetensors")[0]["w"].tolist() == [0, 1, 2, 3]
