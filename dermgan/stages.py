@@ -14,7 +14,7 @@ from .core import (ConfigError, DataMissing, Profile, Run, code_meaning, read_ru
                           write_text)
 from .report import notebook_cells, stage_logs
 
-# %% ../nbs/17_stages.ipynb #147c39fa
+# %% ../nbs/17_stages.ipynb #f1a7f2ec
 NEEDS = {
     "00_settings": (),
     "00_core": ("00_settings",),
@@ -43,11 +43,17 @@ NEEDS = {
     "09_frames": ("08_hyperstyle", "09_review"),
     "09_panel": ("09_frames",),
     "09_explore": ("09_panel",),
-    "10_augment": ("10_allot", "08_hyperstyle", "09_review"),
     "10_allot": ("02_phantom",),
+    "10_augment": ("10_allot", "08_hyperstyle", "09_review"),
+    "10_controls": ("10_augment",),
     "11_classify": ("02_phantom",),
+    "11_grid": ("10_controls", "11_classify"),
+    "11_audit": ("10_augment",),
+    "11_selection": ("10_augment", "11_classify"),
     "12_labels": ("10_augment", "11_classify"),
-    "12_results": ("08_compare", "10_augment", "11_classify"),
+    "12_evidence": ("11_grid",),
+    "12_beyond": ("11_selection", "12_evidence"),
+    "12_results": ("08_compare", "11_audit", "11_grid", "12_evidence", "12_beyond"),
     "13_lrp": ("12_results",),
     "14_crp": ("13_lrp",),
     "15_pcx": ("14_crp",),
