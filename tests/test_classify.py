@@ -12,9 +12,10 @@ import pandas as pd
 import pytest
 import torch
 
-from dermgan import allot, classify
+from dermgan import allot, classify, grid
 from dermgan.core import (CLASSES, ConfigError, DataMissing, DataRefused, NotFinite, RunMismatch, file_sha256, load_state,
                           resolve_run, rng, save_weights)
+from dermgan.settings import CellKey, cell_key, cell_name, parse_set, plan_cells, read_profile
 from dermgan.data import open_images
 from dermgan.store import pack_images, to_float
 
@@ -182,17 +183,19 @@ def test_a_finished_cell_of_other_settings_is_refused(run):
 
 def test_a_set_adds_its_drawn_images_and_filtering_keeps_a_subset_of_them(run):
     wanted = set(allot.draw_set(run, "10k", 70))
-    pool, labels, synthetic = classify.open_pool(run, "densenet_small", "10k", False, 0)
-    assert set(synthetic) == wanted and len(synthetic) == allot.set_size(run, "10k", 70) == 14
-    assert len(pool) == len(labels) == 84 and [pool[i][1] for i in range(84)] == labels.tolist()
-    store, stored = open_images(run, "synthetic"), pool[83][0]
-    assert torch.equal(stored, store.batch([store.ids.index(synthetic[-1])])[0])
-    kept = classify.open_pool(run, "densenet_small", "10k", True, 0)[2]
+    pool = classify.cell_pool(run, CellKey("densenet_small", "10k", False, 0))
+    assert set(pool.added) == wanted and len(pool.added) == allot.set_size(run, "10k", 70) == 14
+    assert len(pool.images) == len(pool.labels) == pool.draws == 84
+    assert [pool.images[i][1] for i in range(84)] == pool.labels.tolist()
+    store, stored = open_images(run, "synthetic"), pool.images[83][0]
+    assert torch.equal(stored, store.batch([store.ids.index(pool.added[-1])])[0])
+    record = classify.train_cell(run, "densenet_small", "10k", True)
     model = classify.load_cell(run, "densenet_small-10k-plain-s0")
     right = classify.predict(model, store).argmax(1) == store.labels
-    assert set(kept) == {name for name, ok in zip(store.ids, right) if ok and name in wanted}
+    kept = {name for name, ok in zip(store.ids, right) if ok and name in wanted}
+    assert set(record["synthetic"]) == kept and record["drawn"] == 14 and record["n_synthetic"] == len(kept)
     with pytest.raises(ConfigError, match="baseline"):
-        classify.open_pool(run, "densenet_small", "baseline", True, 0)
+        classify.cell_pool(run, CellKey("densenet_small", "baseline", True, 0))
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path, monkeypatch):
@@ -268,7 +271,8 @@ def test_killed_in_the_middle_of_an_epoch_it_resumes_bit_for_bit(tmp_path, strai
 
 
 def test_a_checkpoint_of_other_settings_is_refused_by_the_name_of_the_key(run, tmp_path):
-    current = classify.made_by(run, {"arch": "densenet_small", "set": "baseline", "filtered": False, "seed": 0}, [])
+    key = CellKey("densenet_small", "baseline", False, 0)
+    current = classify.made_by(run, key, classify.cell_pool(run, key))
     fit = classify.begin(run, "densenet_small", 7, 0, "fp32")
     path = classify.save_fit(tmp_path / "cell.pt", fit, {"made_by": current | {"cls_lr": 0.5}, "step_seconds": {}})
     with pytest.raises(RunMismatch, match="cls_lr: 0.5 then, 0.001 now"):
@@ -287,12 +291,13 @@ def test_the_precision_is_what_the_profile_says_or_the_faster_of_two(run, monkey
 
 def test_the_command_says_what_is_allowed(run, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        classify.main(["--run", str(run.folder), "--arch", "resnet50"])
+        grid.main(["--run", str(run.folder), "--arch", "resnet50"])
     assert stop.value.code == 2 and "densenet169" in capsys.readouterr().err
-    assert classify.main(["--run", str(tmp_path), "--arch", "densenet_small"]) == 1
+    assert grid.main(["--run", str(tmp_path), "--arch", "densenet_small"]) == 1
     assert len(capsys.readouterr().err.strip().splitlines()) == 3
-    assert classify.main(["--run", str(run.folder), "--arch", "densenet_small", "--filtered"]) == 2
-    assert classify.main(["--run", str(run.folder), "--arch", "densenet_small", "--set", "baseline"]) == 0
+    assert grid.main(["--run", str(run.folder), "--arch", "densenet_small", "--filtered"]) == 2
+    assert grid.main(["--run", str(run.folder), "--arch", "densenet_small", "--set", "6k-wild"]) == 2
+    assert grid.main(["--run", str(run.folder), "--arch", "densenet_small", "--set", "baseline"]) == 0
     assert "test" in capsys.readouterr().out
 
 
