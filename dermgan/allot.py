@@ -153,7 +153,7 @@ def batches(
         parts[-2:] = [parts[-2] + parts[-1]]
     return parts
 
-# %% ../nbs/10_allot.ipynb #bbd9ae76
+# %% ../nbs/10_allot.ipynb #31ff1121
 def check_labels(
     train: torch.Tensor,  # class indices of the training images
     val: torch.Tensor,  # class indices of the validation images
@@ -163,7 +163,7 @@ def check_labels(
     for what, labels in (("training", train), ("validation", val)):
         wrong = labels[(labels < 0) | (labels >= len(classes))]
         if len(wrong):
-            raise DataRefused(f"{len(wrong)} {what} images have a label that is none of the {len(classes)} classes.",
+            raise DataRefused(f"{len(wrong)} {what} labels are none of the {len(classes)} classes.",
                               f"The first is {int(wrong[0])}; allowed are 0 to {len(classes) - 1}: "
                               f"{', '.join(classes)}.", "Correct the records and pack them again.")
     counts = torch.stack([torch.bincount(labels, minlength=len(classes)) for labels in (train, val)])

@@ -233,7 +233,7 @@ def begin(
     adam = torch.optim.Adam(model.parameters(), p.cls_lr, weight_decay=p.cls_weight_decay, fused=True)
     return Fit(model, adam, precision)
 
-# %% ../nbs/11_classify.ipynb #99b1e13a
+# %% ../nbs/11_classify.ipynb #61be6ff8
 def misclassified(
     run: Run,  # with packed stores
     key: CellKey,  # of a filtered cell
@@ -254,7 +254,8 @@ def cell_pool(
     "Open the training images of a cell. DataRefused where they cannot serve; ConfigError for no such cell."
     if key.filtered and key.set == "baseline":
         raise ConfigError("The baseline cannot be filtered.", "It is all real.", "Name a set: --set 2k")
-    pool, val = open_pool(run, key.set, misclassified(run, key) if key.filtered else ()), open_images(run, "val")
+    drop, val = misclassified(run, key) if key.filtered else (), open_images(run, "val")
+    pool = open_pool(run, key.set, drop)
     check_labels(pool.labels, val.labels, val.classes)
     return pool
 
@@ -360,7 +361,7 @@ def end_epoch(
     fit.epoch, fit.step, fit.loss = fit.epoch + 1, 0, 0.0
     return score
 
-# %% ../nbs/11_classify.ipynb #ce259d21
+# %% ../nbs/11_classify.ipynb #f36c2962
 def finish(
     run: Run,  # where to write
     name: str,  # from `cell_name`
@@ -382,7 +383,8 @@ def finish(
                      "history": fit.history, "best_epoch": int(np.argmax(fit.history["balanced_accuracy"])),
                      "stopped_early": fit.epoch < p.cls_epochs, "n_train": n_train, "draws": pool.draws,
                      "n_synthetic": len(pool.labels) - n_train, "synthetic": pool.added,
-                     "drawn": len(draw_set(run, facts["made_by"]["set"], n_train)), "balanced_accuracy": record}
+                     "drawn": len(draw_set(run, facts["made_by"]["set"], n_train)),
+                     "balanced_accuracy": record}
     shape = {"arch": facts["made_by"]["arch"], "classes": facts["classes"], "dropout": p.cls_dropout,
              "image_px": p.image_px}
     save_weights(folder / f"{name}.safetensors", fit.best, shape)

@@ -62,7 +62,7 @@ def stage_name(
                           "Example: 05_gan")
     return found[0]
 
-# %% ../nbs/18_reproduce.ipynb #936bc567
+# %% ../nbs/18_reproduce.ipynb #3ac009e5
 def waiting_for(
     stage: str,  # a notebook
 ) -> set[str]:  # it, and every notebook that waits for it
@@ -85,7 +85,8 @@ def restart(
         return
     names = waiting_for(stage)
     for path in run.folder.glob("logs/classify-*.made"):
-        if names & {"11_classify", cell_stage(cell_key(path.stem.removeprefix("classify-")).set)}:
+        cell = cell_key(path.stem.removeprefix("classify-"))
+        if names & {"11_classify", cell_stage(cell.set)}:
             names.add(path.stem)
     for name in names:
         for made in made_files(run, run.path("logs", f"{name}.made")):

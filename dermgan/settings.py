@@ -91,7 +91,7 @@ class Profile:
     cls_epochs: int; cls_patience: int
     bootstrap_n: int
 
-# %% ../nbs/00_settings.ipynb #1e74606f
+# %% ../nbs/00_settings.ipynb #83489fb6
 CONTROLS = ("steps", "duplicates", "classical", "inverted", "random")
 CHOSEN = ("clustered", "screened")
 
@@ -119,10 +119,11 @@ def parse_set(
     "Take the name of a training set apart. ConfigError lists what is allowed."
     found = re.fullmatch(r"(?:([a-z]+)-)?(\d+k|baseline)(-filter)?", name)
     kind, size, filtered = found.groups() if found else (None, None, None)
-    odd = size == "baseline" and (kind or filtered) or (kind and (filtered or kind not in CONTROLS + CHOSEN))
+    known = CONTROLS + CHOSEN
+    odd = size == "baseline" and (kind or filtered) or (kind and (filtered or kind not in known))
     if size not in SETS or odd:
         raise ConfigError(f"Set {name!r} is unknown.",
-                          f"Allowed: {', '.join(SETS)}, SIZE-filter, or {', '.join(CONTROLS + CHOSEN)} -SIZE.",
+                          f"Allowed: {', '.join(SETS)}; SIZE-filter; KIND-SIZE with KIND {', '.join(known)}.",
                           "Change cls_sets in settings.ini, or --set. Example: cls_sets=baseline,6k,steps-6k")
     return SetName(kind or ("baseline" if size == "baseline" else "drawn"), size, bool(filtered))
 
@@ -131,12 +132,12 @@ def plan_cells(
     profile: Profile,  # its cls_archs, cls_sets and cls_seeds
 ) -> list[CellKey]:  # baselines first
     "The grid of classifier runs that a profile asks for."
-    keys = []
+    keys, seeds = [], range(profile.cls_seeds)
     for name in sorted(dict.fromkeys(profile.cls_sets), key=lambda name: name != "baseline"):
         part = parse_set(name)
         everywhere = part.kind in ("baseline", "drawn") and not part.filtered
         for arch in profile.cls_archs if everywhere else profile.cls_archs[-1:]:
-            keys += [CellKey(arch, name.removesuffix("-filter"), part.filtered, k) for k in range(profile.cls_seeds)]
+            keys += [CellKey(arch, name.removesuffix("-filter"), part.filtered, k) for k in seeds]
     return keys
 
 
@@ -166,8 +167,9 @@ def cell_stage(
 ) -> str:  # notebook
     "The stage whose images a training set waits for."
     kind = parse_set(set_name).kind
-    stages = {"baseline": "02_phantom", "drawn": "10_augment", "steps": "10_augment", "duplicates": "10_augment"}
-    return stages.get(kind, "11_selection" if kind in CHOSEN else "10_controls")
+    stages = {"baseline": "02_phantom"} | dict.fromkeys(CHOSEN, "11_selection")
+    stages |= dict.fromkeys(("drawn", "steps", "duplicates"), "10_augment")
+    return stages.get(kind, "10_controls")
 
 # %% ../nbs/00_settings.ipynb #02e8bfba
 def resource(

@@ -334,11 +334,11 @@ def run_cell(
     write_text(run.path("logs", f"{stage}.json"), json.dumps(facts, indent=1))
     return 0
 
-# %% ../nbs/17_stages.ipynb #54ad603f
+# %% ../nbs/17_stages.ipynb #f64e8014
 def forget_incomplete(
     run: Run,  # the run
 ) -> list[str]:  # stages that will run again
-    "Take the declared output from each stage that lacks a file it once made, and from each cell to be tried again."
+    "Take the declared output from each stage that lacks a file it once made or that is to be tried again."
     gone = []
     for log in sorted(run.folder.glob("logs/*.json")):
         facts = json.loads(log.read_text())
