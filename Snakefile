@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dermgan.core import file_sha256, read_run
 from dermgan.settings import CellKey, cell_name, cell_stage, plan_cells
-from dermgan.stages import code_digest, notebook_digest, plan, top
+from dermgan.stages import code_digest, gpus, notebook_digest, plan, top
 
 python = sys.executable
 run = read_run(Path.cwd())
@@ -57,5 +57,6 @@ rule classify:
     output: "ckpt/classify/{arch}-{set}-{filter}-s{seed}.outcome"
     params: key=code_digest("import dermgan.grid", top() / "dermgan")
     wildcard_constraints: arch=r"\w+", set="baseline|([a-z]+-)?[0-9]+k", filter="plain|filter", seed="[0-9]+"
-    threads: max(1, workflow.cores // max(1, len(grid)))
+    threads: max(1, workflow.cores // max(1, gpus() or len(grid)))
+    resources: gpu=1
     shell: "exec {python:q} -m dermgan.reproduce cell {wildcards.arch}-{wildcards.set}-{wildcards.filter}-s{wildcards.seed} --run ."

@@ -173,25 +173,26 @@ def check_labels(
                               "A class needs a lesion in train, val and holdout, so at least three.",
                               f"Add images of {name}, or leave the class out of the data.")
 
-# %% ../nbs/10_allot.ipynb #c3be169d
+# %% ../nbs/10_allot.ipynb #2f330a8a
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def augment(
-    images: torch.Tensor,  # uint8 [N, 3, H, W]
+    images: torch.Tensor,  # uint8 [N, 3, H, W], on any device
     cutout: float,  # side of the hidden square as a share of the image; 0 hides nothing
     generator: torch.Generator,  # on the CPU
 ) -> torch.Tensor:  # float32 in [-1, 1], the hidden square 0
     "Flip each image in both ways with probability 1/2 and hide a square of it."
     n, _, height, width = images.shape
-    x, flips = to_float(images), torch.rand(2, n, 1, 1, 1, generator=generator) < 0.5
+    x, device = to_float(images), images.device
+    flips = (torch.rand(2, n, 1, 1, 1, generator=generator) < 0.5).to(device)
     x = torch.where(flips[0], x.flip(3), x)
     x = torch.where(flips[1], x.flip(2), x)
     centre = torch.rand(2, n, 1, 1, generator=generator)
     rows = (torch.arange(height)[:, None] + 0.5) / height - centre[0]
     columns = (torch.arange(width) + 0.5) / width - centre[1]
     hidden = (rows.abs() < cutout / 2) & (columns.abs() < cutout / 2)
-    return x.masked_fill(hidden[:, None], 0)
+    return x.masked_fill(hidden[:, None].to(device), 0)
 
 
 def standardise(

@@ -114,7 +114,7 @@ def should_stop(
     "Early stopping: the best score is `patience` epochs old. An equal score is no improvement."
     return bool(scores) and len(scores) - 1 - int(np.argmax(scores)) >= patience
 
-# %% ../nbs/11_classify.ipynb #1bcc7004
+# %% ../nbs/11_classify.ipynb #75988360
 @dataclass
 class Fit:
     "Everything that training changes."
@@ -146,7 +146,7 @@ def train_step(
 ) -> float:  # the loss
     "One step of Adam on cross-entropy. NotFinite leaves the weights as they were."
     device, names = next(fit.model.parameters()).device, (seed, "step", fit.epoch, fit.step)
-    x = standardise(augment(images, cutout, rng(*names)).to(device))
+    x = standardise(augment(images.to(device), cutout, rng(*names)))
     x = x.contiguous(memory_format=torch.channels_last)
     half = torch.autocast(device.type, torch.bfloat16, fit.precision == "bf16")
     with torch.random.fork_rng(devices=[]), half:

@@ -4,7 +4,7 @@
 __all__ = ['arguments', 'settings_of', 'stage_name', 'waiting_for', 'restart', 'snakemake', 'planned', 'reproduce', 'say_holes',
            'stopped', 'made_run', 'explore_command', 'merge_command', 'fetch_command', 'run_command', 'main']
 
-# %% ../nbs/18_reproduce.ipynb #f9a7c5f1
+# %% ../nbs/18_reproduce.ipynb #eb9618f4
 import argparse, fcntl, os, re, shlex, shutil, subprocess, sys, time
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from .publish import promote, write_readme
 from .report import summary_text
 from .settings import cell_key, cell_stage
 from .stages import (MARK, check_parameters, end_with_parent, execute, failed_cells, forget_incomplete,
-                            made_files, plan, run_cell, run_environment, run_notebook, top)
+                            gpus, made_files, plan, run_cell, run_environment, run_notebook, top)
 
 # %% ../nbs/18_reproduce.ipynb #7b0d2fa0
 def arguments() -> argparse.ArgumentParser:  # of ./reproduce.sh and `dermgan run`
@@ -95,7 +95,7 @@ def restart(
         for path in (*run.folder.glob(f"nbs/{name}.*"), *run.folder.glob(f"logs/{name}.*")):
             path.unlink()
 
-# %% ../nbs/18_reproduce.ipynb #db4d8fdd
+# %% ../nbs/18_reproduce.ipynb #d25edb2d
 def snakemake(
     run: Run,  # the run
     cores: int,  # at most this many at once
@@ -104,10 +104,11 @@ def snakemake(
 ) -> int:  # its exit code
     "Let Snakemake order the stages of a run. Its own words go to logs/snakemake.log."
     target = [f"nbs/{until}.ipynb"] if until else []
+    most = ["--resources", f"gpu={gpus()}"] if gpus() else []
     command = [sys.executable, "-m", "dermgan.reproduce", "snakemake", *target,
                "-s", str(top() / "Snakefile"), "--directory", str(run.folder), "--cores", str(cores),
                "--nolock", "--rerun-incomplete", "--scheduler", "greedy",
-               "--rerun-triggers", "params", "input", "mtime", *extra]
+               "--rerun-triggers", "params", "input", "mtime", *most, *extra]
     with open(run.path("logs", "snakemake.log"), "w") as log:
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                  env=run_environment(run))
