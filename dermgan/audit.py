@@ -186,14 +186,15 @@ def generated(
     parts = [torch.randn(min(64, count - i), g.z_dim, generator=draw) for i in range(0, count, 64)]
     return torch.cat([to_uint8(g(z, noise="const").float()) for z in parts])
 
-# %% ../nbs/11_audit.ipynb #53b61b80
+# %% ../nbs/11_audit.ipynb #17c5bd5e
 def draw_distances(
     frame: pd.DataFrame,  # set, space, distance
 ) -> "matplotlib.figure.Figure":  # a panel a space
     "Cumulative shares of the distances to the nearest training photograph."
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
     spaces, sets = list(frame.space.unique()), list(frame.set.unique())
-    fig, axes = plt.subplots(1, len(spaces), figsize=(3.7 * len(spaces), 3), squeeze=False, sharey=True)
+    fig, axes = plt.subplots(1, len(spaces), figsize=(3.7 * len(spaces), 3.1), squeeze=False, sharey=True)
     inks = {"held-out": "#000000", "generated": "#D55E00", "synthetic": "#0072B2"}
     for ax, space in zip(axes[0], spaces):
         for k, name in enumerate(sets):
@@ -202,8 +203,9 @@ def draw_distances(
                     ls=("-", "--", "-.", ":")[k % 4], lw=1.5, label=f"{name} ({len(part)})")
         ax.set(xscale="log", xlabel=f"{space} distance", ylim=(0, 1), title=space)
         ax.axhline(0.05, color="0.8", lw=0.8)
+        ax.xaxis.set_minor_formatter(NullFormatter())
     axes[0, 0].set_ylabel("share of images")
-    axes[0, 0].legend(fontsize=8)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), ncol=4, loc="outside upper center", fontsize=8)
     return fig
 
 

@@ -79,7 +79,7 @@ def power_table(
     first = ["architecture", "filtered", "set", "assumption"]
     return pd.DataFrame(rows, columns=[*first, "value", "low", "high", "n", "paper", "reason"])
 
-# %% ../nbs/12_beyond.ipynb #62e897bb
+# %% ../nbs/12_beyond.ipynb #347df9e3
 def ensemble(
     study: Study,  # from `evidence.open_study`
     members: list[tuple],  # ((architecture, set, filtered), seed) each
@@ -113,10 +113,9 @@ def ensemble_table(
 ) -> pd.DataFrame:  # entry, kind, eval, value, low, high, n, members, paper
     "Balanced accuracy of single networks and ensembles beside the leaderboard."
     rows, many = [], sum(TEST_COUNTS)
-    for name, value in published()["leaderboard_isic2018_task3"].items():
-        kind = "ensemble" if "top10" in name or "ensemble" in name else "single network"
-        title = name.replace("_", " ")
-        rows.append((title, f"printed, {kind}", "test", np.nan, np.nan, np.nan, many, np.nan, value))
+    for name, value in published()["leaderboard"].items():
+        kind = "ensemble" if "Averaged" in name or "Ensemble" in name else "single network"
+        rows.append((name, f"printed, {kind}", "test", np.nan, np.nan, np.nan, many, np.nan, value))
     for split in splits:
         for line in study.cells:
             cell = side(study, line, split)

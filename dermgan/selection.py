@@ -16,7 +16,7 @@ from .metrics import LPIPS, features, neighbour_radius
 from .stylegan2 import Discriminator
 from .allot import draw_from, set_size, standardise
 
-# %% ../nbs/11_selection.ipynb #65092e93
+# %% ../nbs/11_selection.ipynb #b478bd5a
 def cluster_codes(
     ws: torch.Tensor,  # codes of the sources, [n, L, w_dim]
     seed: int,  # of the first centres
@@ -34,19 +34,21 @@ def cluster_codes(
 
 
 def draw_in_turns(
-    frame: pd.DataFrame,  # image_id, transformation, kept, cluster, distance
+    frame: pd.DataFrame,  # image_id, source_id, transformation, kept, cluster, distance
     count: int,  # wanted of each transformation
 ) -> list[str]:  # image ids, sorted
     "Draw kept images of each transformation in turns over the clusters, or all where there are fewer."
-    drawn = []
-    for _, part in frame[frame.kept.astype(bool)].groupby("transformation"):
-        part = part.sort_values(["distance", "image_id"])
-        turn = part.groupby("cluster").cumcount()
-        order = part.assign(turn=turn).sort_values(["turn", "distance", "image_id"])
-        drawn += order.image_id[:count].tolist()
+    drawn, used = [], pd.Series(0, index=frame.source_id.unique())
+    for _, part in frame[frame.kept.astype(bool)].sort_values("image_id").groupby("transformation"):
+        again = part.source_id.map(used) + part.groupby("source_id").cumcount()
+        part = part.assign(again=again).sort_values(["again", "distance", "image_id"])
+        order = part.assign(turn=part.groupby("cluster").cumcount())
+        taken = order.sort_values(["turn", "again", "distance", "image_id"])[:count]
+        used = used.add(taken.source_id.value_counts(), fill_value=0)
+        drawn += taken.image_id.tolist()
     return sorted(drawn)
 
-# %% ../nbs/11_selection.ipynb #e9f5fc35
+# %% ../nbs/11_selection.ipynb #ec018cc7
 def covering(
     apart: np.ndarray,  # distance of each validation photograph to each image, [v, n]
     within: np.ndarray,  # distance of the images to each other, [n, n]
@@ -65,7 +67,7 @@ def compare_choice(
     apart: np.ndarray,  # validation photographs to images, [v, n], in the order of `frame`
     within: np.ndarray,  # images to each other, [n, n]
     seed: int,  # of the draws by lot
-    draws: int = 200,  # by lot
+    draws: int = 100,  # by lot
 ) -> list[tuple]:  # choice, metric, value, low, high, n
     "A choice against draws by lot at equal count."
     place = {name: i for i, name in enumerate(frame.image_id)}
@@ -152,7 +154,7 @@ def realism(
         frame[name] = torch.cat(parts).numpy() if parts else np.nan
     return frame, whole
 
-# %% ../nbs/11_selection.ipynb #27b7b998
+# %% ../nbs/11_selection.ipynb #c7daa360
 def same_lesion_distances(
     val: Images,  # validation photographs
     lpips: LPIPS,  # from `open_lpips`
@@ -160,11 +162,11 @@ def same_lesion_distances(
 ) -> np.ndarray:  # LPIPS (last three layers) of two photographs of each lesion that has them
     "How much two photographs of one lesion differ."
     groups = pd.Series(range(len(val))).groupby(np.asarray(val.lesion_ids)).agg(list)
-    pairs = np.array([group[:2] for group in groups if len(group) > 1][:most]).reshape(-1, 2)
-    out = []
+    pairs, out = [group[:2] for group in groups if len(group) > 1][:most], [np.zeros(0)]
     with torch.no_grad():
-        for part in np.array_split(pairs, max(1, len(pairs) // 64)):
-            one, other = (lpips.features(to_float(val.batch(part[:, side]))) for side in (0, 1))
+        for first in range(0, len(pairs), 64):
+            sides = zip(*pairs[first:first + 64])
+            one, other = (lpips.features(to_float(val.batch(side))) for side in sides)
             out.append(lpips.distance(one, other, "last3").numpy())
     return np.concatenate(out)
 
