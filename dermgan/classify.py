@@ -176,7 +176,7 @@ def predict(
         parts.append(model(standardise(x).contiguous(memory_format=torch.channels_last)).softmax(1).cpu())
     return torch.cat(parts)
 
-# %% ../nbs/11_classify.ipynb #b18be02d
+# %% ../nbs/11_classify.ipynb #7bd83f1c
 def pick_precision(
     run: Run,  # its `precision` decides unless "auto"
     arch: str,  # a key of SHAPES
@@ -188,12 +188,13 @@ def pick_precision(
         return p.precision, seconds
     images = torch.zeros(p.cls_batch, 3, p.image_px, p.image_px, dtype=torch.uint8)
     labels = torch.arange(p.cls_batch) % n_classes
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     for precision in ("fp32", "bf16"):
         fit, times = begin(run, arch, n_classes, 0, precision, pretrained="none"), []
         for _ in range(5):
-            start = time.perf_counter()
+            start = clock()
             train_step(fit, images, labels, p.cls_cutout, 0)
-            times.append(time.perf_counter() - start)
+            times.append(clock() - start)
         seconds[precision] = round(min(times[1:]), 4)
     return min(seconds, key=seconds.get), seconds
 
@@ -403,7 +404,7 @@ def read_cell(
     file = run.folder / "ckpt" / "classify" / f"{name}.json"
     return json.loads(file.read_text()) if file.is_file() else None
 
-# %% ../nbs/11_classify.ipynb #735c6f34
+# %% ../nbs/11_classify.ipynb #a9e72ab4
 def train_cell(
     run: Run,  # with packed stores; SA sets need 10_augment
     arch: str,  # a key of SHAPES
@@ -424,7 +425,7 @@ def train_cell(
     fit, facts = resume(run, path, current, len(val.classes), own)
     save = lambda: save_fit(path, fit, facts)
     workers = (4 if p.image_px > 128 else 0) if workers is None else workers
-    seen = fit.epoch * pool.draws + fit.step * p.cls_batch
+    seen = fit.epoch * pool.draws + min(fit.step * p.cls_batch, pool.draws)
     bar = progress(total=p.cls_epochs * pool.draws, what=name, unit="images", initial=seen)
     while fit.epoch < p.cls_epochs and not should_stop(fit.history["balanced_accuracy"], p.cls_patience):
         loss = train_epoch(run, fit, pool, own, save, save_s, workers, bar)
