@@ -275,7 +275,7 @@ def holm(
     out[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)))
     return out
 
-# %% ../nbs/12_evidence.ipynb #e986cf81
+# %% ../nbs/12_evidence.ipynb #9ff4b8b1
 TONES = {"dark": -90, "brown": -30, "tan": 10, "intermediate": 28, "light": 41, "very light": 55}
 
 
@@ -318,7 +318,8 @@ def subgroup_rows(
     rows, lesions = [], np.asarray(cell.lesions)
     for attribute in groups:
         sizes = groups[attribute].value_counts()
-        kind = groups[attribute].where(groups[attribute].map(sizes) >= least, "other").to_numpy()
+        few = sizes.index[sizes < least] if (sizes < least).sum() > 1 else []
+        kind = groups[attribute].where(~groups[attribute].isin(few), "other").to_numpy()
         for name in sorted(set(kind)):
             inside = kind == name
             chances, labels = [p[inside] for p in cell.probabilities], cell.labels[inside]
@@ -333,7 +334,7 @@ def subgroup_rows(
                              int((part.labels == 0).sum()), int(there.sum())))
     return rows
 
-# %% ../nbs/12_evidence.ipynb #0f77001f
+# %% ../nbs/12_evidence.ipynb #badf3e0c
 HEAD = ["architecture", "filtered", "set", "eval"]
 
 
@@ -381,8 +382,7 @@ def compare(
     said = lambda side: np.mean(side.probabilities, 0).argmax(1)[first] == cell.labels[first]
     only, other, p = mcnemar(said(cell), said(base))
     rows = [("McNemar", "all", (only - other) / len(first), np.nan, np.nan, len(first), only, other, p)]
-    counts = np.bincount(cell.labels, minlength=len(classes))
-    able = [k for k in range(len(classes)) if 2 <= counts[k] <= len(cell.labels) - 2]
+    able = [k for k in range(len(classes)) if 2 <= (cell.labels == k).sum() <= len(cell.labels) - 2]
     for name, some in [("all", able), *((classes[k], [k]) for k in able)]:
         gap, low, high, p = delong(cell, base, some)
         rows.append(("DeLong", name, gap, low, high, len(cell.labels), np.nan, np.nan, p))

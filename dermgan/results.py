@@ -287,7 +287,7 @@ def draw_confusion(
     fig.colorbar(picture, ax=axes, label="share of the diagnosis", shrink=0.6)
     return fig
 
-# %% ../nbs/12_results.ipynb #1ba2cc70
+# %% ../nbs/12_results.ipynb #987d354f
 def control_rows(
     run: Run,  # its seed and bootstrap_n
     study: Study,  # from `evidence.open_study`
@@ -330,28 +330,31 @@ def controls_table(
 
 
 def draw_intervals(
-    frame: pd.DataFrame,  # label, kind (colours), eval (panels), value, low, high, paper; fractions
+    frame: pd.DataFrame,  # label (rows), kind (colours), eval (panels), value, low, high, paper; fractions
     words: str,  # of the axis
 ) -> "matplotlib.figure.Figure":  # a panel an evaluation set, a row a label
-    "Differences in points with intervals; a diamond is the paper's number."
+    "Differences in points with intervals; a hollow mark is the paper's number."
     import matplotlib.pyplot as plt
-    splits, labels = list(frame["eval"].unique()), list(frame.label.unique())
-    size = (1.6 + 2.9 * len(splits), 0.9 + 0.26 * len(labels))
+    splits, labels, kinds = sorted(frame["eval"].unique()), list(frame.label.unique()), list(frame.kind.unique())
+    size = (1.6 + 2.9 * len(splits), 1.1 + (0.16 + 0.09 * len(kinds)) * len(labels))
     fig, axes = plt.subplots(1, len(splits), figsize=size, squeeze=False, sharex=True, sharey=True)
-    inks = dict(zip(frame.kind[frame.value.notna()].unique(), INKS[1:]))
     for ax, split in zip(axes[0], splits):
         ax.axvline(0, color="0.7", lw=0.8)
-        for kind, ink in inks.items():
+        for k, kind in enumerate(kinds):
             part = frame[(frame["eval"] == split) & (frame.kind == kind)]
-            at = [labels.index(name) for name in part.label]
-            ax.hlines(at, 100 * part.low, 100 * part.high, color=ink, lw=1.6)
-            ax.scatter(100 * part.value, at, color=ink, s=22, zorder=3, label=kind)
-        there = frame[(frame["eval"] == split) & frame.paper.notna()]
-        ax.scatter(100 * there.paper, [labels.index(name) for name in there.label], marker="D", s=24,
-                   facecolor="none", edgecolor="0.25", zorder=4, label="paper" if len(there) else None)
-        ax.set(title=split, xlabel=words, ylim=(len(labels) - 0.4, -0.6))
+            at = part.label.map(labels.index) + 0.7 * ((k + 0.5) / len(kinds) - 0.5)
+            ax.hlines(at, 100 * part.low, 100 * part.high, color=INKS[1 + k % 6], lw=1.6)
+            for column, fill in (("value", INKS[1 + k % 6]), ("paper", "none")):
+                own = part[column].notna()
+                name = f"{kind}{', paper' * (column == 'paper')}" if own.any() else None
+                ax.scatter(100 * part[column][own], at[own], facecolor=fill, edgecolor=INKS[1 + k % 6], s=22,
+                           marker="oDsv^P"[k % 6], zorder=3, label=name)
+        for edge in range(1, len(labels)):
+            ax.axhline(edge - 0.5, color="0.92", lw=0.6)
+        ax.set(title=split, xlabel=words, ylim=(len(labels) - 0.5, -0.5))
     axes[0, 0].set_yticks(range(len(labels)), labels, fontsize=8)
-    fig.legend(*axes[0, -1].get_legend_handles_labels(), ncol=4, loc="outside upper center", fontsize=8)
+    names = {name: handle for ax in axes[0] for handle, name in zip(*ax.get_legend_handles_labels())}
+    fig.legend(names.values(), names.keys(), ncol=3, loc="outside upper center", fontsize=8)
     return fig
 
 
