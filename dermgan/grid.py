@@ -214,33 +214,35 @@ def main(
 if __name__ == "__main__" and "__file__" in globals():
     sys.exit(main())
 
-# %% ../nbs/11_grid.ipynb #70d3cdae
+# %% ../nbs/11_grid.ipynb #60ce5ab8
 def draw_curves(
     run: Run,  # with finished cells
 ) -> tuple["matplotlib.figure.Figure", pd.DataFrame]:  # a panel a set; a row an epoch of a cell
     "Draw the learning curves of the grid."
     import matplotlib.pyplot as plt
-    done, base = open_cells(run), "0.6"
+    done = open_cells(run)
     lines = list(dict.fromkeys(c[1:4] for c in done)) or [("", "no finished cell", False)]
-    across = min(4, len(lines))
-    down = -(-len(lines) // across)
+    down = -(-len(lines) // 4)
+    across = -(-len(lines) // down)
     fig, axes = plt.subplots(down, across, figsize=(2.1 * across + 0.6, 1.7 * down + 0.3), squeeze=False,
                              sharex=True, sharey=True)
-    for ax, line in zip(axes.flat, lines):
+    for i, (ax, line) in enumerate(zip(axes.flat, lines)):
         for cell in done:
-            own = (cell.arch, cell.set, cell.filtered) == line
+            own = cell[1:4] == line
             if own or (cell.arch, cell.set) == (line[0], "baseline"):
                 curve, epochs = cell.history["balanced_accuracy"], np.arange(1, len(cell.history["loss"]) + 1)
-                ax.plot(epochs, curve, color="#0072B2" if own else base, lw=1.2, zorder=2 + own)
+                ax.plot(epochs, curve, color="#0072B2" if own else "0.6", lw=1.2, zorder=2 + own)
                 if own:
                     ax.plot(cell.record["best_epoch"] + 1, max(curve), "o", color="#0072B2", ms=4, zorder=4)
         ax.set_title(f"{line[1]}{'-filter' * line[2]}", fontsize=9)
-        if ax in axes[-1]:
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        if i + across >= len(lines):
             ax.set_xlabel("epoch")
+            ax.xaxis.set_tick_params(labelbottom=True)
     for ax in axes.flat[len(lines):]:
         ax.set_visible(False)
     for ax in axes[:, 0]:
         ax.set_ylabel("bal. acc., val", fontsize=8)
-    rows = [(c.arch, c.set, c.filtered, c.seed, *row) for c in done for row in zip(*c.history.values())]
+    rows = [(*c[1:5], *row) for c in done for row in zip(*c.history.values())]
     names = [*CellKey._fields, *(done[0].history if done else ("epoch", "loss", "balanced_accuracy"))]
     return fig, pd.DataFrame(rows, columns=names)
