@@ -101,7 +101,7 @@ def random_steps(
         found[name] = other._replace(alpha=alpha)
     return found
 
-# %% ../nbs/10_controls.ipynb #25f4cb40
+# %% ../nbs/10_controls.ipynb #b17a422d
 def plan_controls(
     run: Run,  # with tables/synthetic.csv; its cls_sets say what is wanted
 ) -> pd.DataFrame:  # image_id, kind, of (a synthetic image) with its source, label, transformation, alpha
@@ -165,7 +165,7 @@ def settle_strengths(
             strength = match_strength(far, float(target), 1 / 64, 1.0)
     return steps, strength
 
-# %% ../nbs/10_controls.ipynb #4424754b
+
 def made_by(
     run: Run,  # its seed
     plan: pd.DataFrame,  # from `plan_controls`
@@ -207,7 +207,8 @@ def pack_controls(
                 for i in range(len(part))]
     pack_images(run.path("lmdb", "controls"), pictures, rows.image_id.tolist(), rows.label.tolist(),
                 rows.lesion_id.tolist(), train.classes, train.image_px, "jpeg", facts)
-    strengths = ({"classical": strength} if strength else {}) | {f"random for {name}": t.alpha for name, t in steps.items()}
+    strengths = {f"random for {name}": t.alpha for name, t in steps.items()}
+    strengths |= {"classical": strength} if strength else {}
     write_text(note, json.dumps({"made_by": facts, "strengths": strengths}, indent=1))
     return plan, strengths
 

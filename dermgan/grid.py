@@ -119,7 +119,7 @@ def holes(
     seen = {key[:3] for key in planned}
     return open_ + [(key, "not run in this profile") for key in study_cells(run) if key[:3] not in seen]
 
-# %% ../nbs/11_grid.ipynb #e9c30891
+# %% ../nbs/11_grid.ipynb #13f58c4b
 def filtered_table(
     run: Run,  # with finished cells
 ) -> pd.DataFrame:  # architecture, set, seed, value (dropped), low, high, n (drawn), paper, reason
@@ -157,9 +157,9 @@ def cells_table(
     "What each finished cell was trained on, and for how long."
     rows = []
     for c in open_cells(run):
-        names = {"real": "n_train", "added": "n_synthetic", "draws": "draws", "stopped_early": "stopped_early",
-                 "precision": "precision"}
-        known = {"kept": c.record["best_epoch"] + 1} | {name: c.record[key] for name, key in names.items()}
+        same = {name: c.record[name] for name in ("draws", "stopped_early", "precision")}
+        known = {"kept": c.record["best_epoch"] + 1, "real": c.record["n_train"]}
+        known |= {"added": c.record["n_synthetic"]} | same
         rows.append({"architecture": c.arch, "set": c.set, "filtered": c.filtered, "seed": c.seed,
                      "value": len(c.history["loss"])} | known | {"val": c.record["balanced_accuracy"]["val"]})
     return pd.DataFrame(rows)
