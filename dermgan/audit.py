@@ -16,7 +16,7 @@ from .store import Images, store_facts, to_float, to_uint8
 from .data import evaluation_splits, open_images
 from .metrics import LPIPS
 
-# %% ../nbs/11_audit.ipynb #e54292c4
+# %% ../nbs/11_audit.ipynb #c1243dcb
 REAL = ("train", "val", "holdout", "test")
 
 
@@ -58,9 +58,11 @@ def strays(
 
 def check_descent(
     run: Run,  # with packed stores
+    every: bool = True,  # False: without controls and cells, which other jobs may be making just now
 ) -> pd.DataFrame:  # link, value (strays, all zero), n
     "Follow every link. DataRefused names the first synthetic image that does not descend from train."
     real, stores = real_images(run), made_stores(run)
+    stores = {name: frame for name, frame in stores.items() if every or name == "synthetic"}
     links = [("real: train against the other parts", real[real.split == "train"])]
     links += [(f"store {name}", frame) for name, frame in stores.items()]
     file = run.folder / "tables" / "synthetic.csv"
@@ -69,7 +71,7 @@ def check_descent(
         links.append(("table synthetic.csv", pd.read_csv(file, dtype=kinds)))
     known = pd.concat([*stores.values(), real], ignore_index=True).drop_duplicates("image_id")
     lesion = known.set_index("image_id").lesion_id
-    for record in sorted(run.folder.glob("ckpt/classify/*.json")):
+    for record in sorted(run.folder.glob("ckpt/classify/*.json")) if every else ():
         ids = json.loads(record.read_text()).get("synthetic", [])
         if ids:
             home = lesion.reindex(ids).fillna("none").to_numpy()

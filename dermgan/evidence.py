@@ -136,15 +136,15 @@ def side(
     chances = [cell.probabilities[split] for cell in cells]
     return Cell(chances, cells[0].labels[split], cells[0].lesions[split], "")
 
-# %% ../nbs/12_evidence.ipynb #aa9f7839
+# %% ../nbs/12_evidence.ipynb #bb15afa1
 def weights_of(
     run: Run,  # its seed names the draw
     cell: Cell,  # with labels
     split: str,  # names the draw
 ) -> np.ndarray:  # [1 + bootstrap_n, n]; the first row is the data as they are
     "The resamples that all cells of an evaluation set share."
-    own = named_seed(run.seed, "bootstrap", split)
-    return with_data(resample(cell.labels, cell.lesions, run.profile.bootstrap_n, own))
+    seed, count = named_seed(run.seed, "bootstrap", split), run.profile.bootstrap_n
+    return with_data(resample(cell.labels, cell.lesions, count, seed))
 
 
 def measure(
@@ -171,7 +171,7 @@ def summary(
     "A value with its interval."
     return (float(draws[0]), *interval(draws[1:])) if np.isfinite(draws).all() else (np.nan,) * 3
 
-# %% ../nbs/12_evidence.ipynb #78c42a9a
+# %% ../nbs/12_evidence.ipynb #dc33868f
 def paired(
     cell: Cell,  # with probabilities
     base: Cell,  # what it is compared with, on the same images
@@ -186,11 +186,10 @@ def paired(
     if many == 1:
         return drawn, np.nan
     picks = np.random.default_rng(seed).integers(0, many, (each.shape[1] - 1, many - 1))
-    rows = np.arange(1, each.shape[1])[:, None]
-    drawn[1:] = each[picks, rows].mean(1)
+    drawn[1:] = each[picks, np.arange(1, each.shape[1])[:, None]].mean(1)
     return drawn, float(each[:, 0].std(0, ddof=1).mean())
 
-# %% ../nbs/12_evidence.ipynb #eb94defe
+# %% ../nbs/12_evidence.ipynb #bbd2f9ff
 def ece(
     confidence: np.ndarray,  # predicted chance, [n]
     right: np.ndarray,  # bool [n], whether it came true
@@ -221,11 +220,11 @@ def reliability(
     "The points of a reliability diagram, all seeds together."
     chance = np.concatenate([p.max(1) for p in cell.probabilities])
     right = np.concatenate([p.argmax(1) == cell.labels for p in cell.probabilities])
-    place = np.minimum((chance * bins).astype(int), bins - 1)
-    by_bin = pd.DataFrame({"confidence": chance, "value": right}).groupby(place)
+    frame = pd.DataFrame({"confidence": chance, "value": right})
+    by_bin = frame.groupby((chance * bins // 1).clip(max=bins - 1))
     return by_bin.mean().assign(n=by_bin.size()).reset_index(drop=True)
 
-# %% ../nbs/12_evidence.ipynb #27c657b1
+# %% ../nbs/12_evidence.ipynb #c73bfdec
 def mcnemar(
     right: np.ndarray,  # which images one model gets right, bool [n]
     other: np.ndarray,  # which the other does, bool [n]
@@ -241,9 +240,9 @@ def area_terms(
 ) -> tuple[float, np.ndarray]:  # area; terms [n] whose squares add to its variance
     "DeLong's placements, centred and scaled."
     m, n = int(positive.sum()), int((~positive).sum())
-    whole, value = stats.rankdata(scores), np.empty(len(scores))
-    value[positive] = (whole[positive] - stats.rankdata(scores[positive])) / n
-    value[~positive] = 1 - (whole[~positive] - stats.rankdata(scores[~positive])) / m
+    value = stats.rankdata(scores)
+    value[positive] = (value[positive] - stats.rankdata(scores[positive])) / n
+    value[~positive] = 1 - (value[~positive] - stats.rankdata(scores[~positive])) / m
     area = value[positive].mean()
     return float(area), (value - area) / np.sqrt(np.where(positive, m * (m - 1), n * (n - 1)))
 
@@ -254,28 +253,27 @@ def delong(
     classes: list[int],  # over which the areas are averaged, each against the rest
 ) -> tuple[float, float, float, float]:  # difference, low, high, p
     "DeLong's test of the mean area over classes and seeds, clustered by lesion."
-    sides = []
+    areas, terms = [], []
     for side in (cell, base):
         found = [area_terms(p[:, k], side.labels == k) for p in side.probabilities for k in classes]
-        sides.append((np.mean([area for area, _ in found]), np.mean([terms for _, terms in found], 0)))
-    lesion = np.unique(np.asarray(cell.lesions), return_inverse=True)[1]
-    gap = sides[0][0] - sides[1][0]
-    error = np.sqrt((np.bincount(lesion, sides[0][1] - sides[1][1]) ** 2).sum())
+        areas.append(np.mean([area for area, _ in found]))
+        terms.append(np.mean([one for _, one in found], 0))
+    lesion, gap = np.unique(np.asarray(cell.lesions), return_inverse=True)[1], areas[0] - areas[1]
+    error = np.sqrt((np.bincount(lesion, terms[0] - terms[1]) ** 2).sum())
     p = 2 * stats.norm.sf(abs(gap) / error) if error > 0 else 1.0
-    return float(gap), float(gap - 1.96 * error), float(gap + 1.96 * error), float(p)
+    return tuple(float(x) for x in (gap, gap - 1.96 * error, gap + 1.96 * error, p))
 
 
 def holm(
-    p: np.ndarray,  # p-values; NaN are left out and stay
+    p: np.ndarray,  # p-values, float; NaN are left out and stay
 ) -> np.ndarray:  # adjusted
     "Holm's step-down correction."
-    p = np.asarray(p, float)
-    out, there = np.full(len(p), np.nan), np.flatnonzero(~np.isnan(p))
-    order = there[np.argsort(p[there], kind="stable")]
+    out, many = np.full(len(p), np.nan), int((~np.isnan(p)).sum())
+    order = np.argsort(p, kind="stable")[:many]
     out[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)))
     return out
 
-# %% ../nbs/12_evidence.ipynb #9ff4b8b1
+# %% ../nbs/12_evidence.ipynb #8b273776
 TONES = {"dark": -90, "brown": -30, "tan": 10, "intermediate": 28, "light": 41, "very light": 55}
 
 
@@ -301,8 +299,8 @@ def groups_of(
     file = find_one(run.data, "HAM10000_metadata*") if run.profile.dataset == "ham10000" else None
     if file is None or split == "test":
         return frame
-    known = pd.read_csv(file).set_index("image_id").reindex(images.ids)
-    age = pd.cut(known.age, [-1, 29, 44, 59, 74, 200], labels=["to 29", "30-44", "45-59", "60-74", "75 on"])
+    known, edges = pd.read_csv(file).set_index("image_id").reindex(images.ids), [-1, 29, 44, 59, 74, 200]
+    age = pd.cut(known.age, edges, labels=["to 29", "30-44", "45-59", "60-74", "75 on"])
     return frame.assign(age=age.astype(str).to_numpy(), sex=known.sex.to_numpy(),
                         site=known.localization.to_numpy()).replace("nan", "unknown").fillna("unknown")
 
@@ -312,29 +310,31 @@ def subgroup_rows(
     groups: pd.DataFrame,  # from `groups_of`
     count: int,  # resamples
     seed: int,  # of the draw
+    first: str = "MEL",  # the first class
     least: int = 20,  # images of a group of its own
 ) -> list[tuple]:  # attribute, group, metric, value, low, high, n (images), classes
-    "Balanced accuracy, and the recall of the first class, melanoma, in each group."
-    rows, lesions = [], np.asarray(cell.lesions)
+    "Balanced accuracy, and the recall of the first class, in each group."
+    rows = []
     for attribute in groups:
         sizes = groups[attribute].value_counts()
-        few = sizes.index[sizes < least] if (sizes < least).sum() > 1 else []
-        kind = groups[attribute].where(~groups[attribute].isin(few), "other").to_numpy()
+        small = (sizes < least) & ((sizes < least).sum() > 1)
+        kind = groups[attribute].mask(groups[attribute].map(small), "other").to_numpy()
         for name in sorted(set(kind)):
             inside = kind == name
-            chances, labels = [p[inside] for p in cell.probabilities], cell.labels[inside]
-            part = Cell(chances, labels, list(lesions[inside]), "")
+            lesions = np.asarray(cell.lesions)[inside].tolist()
+            part = Cell([p[inside] for p in cell.probabilities], cell.labels[inside], lesions, "")
             drawn = resample(part.labels, part.lesions, count, named_seed(seed, "subgroup", attribute, name))
             found = measure(part, with_data(drawn), recalls)
             there = np.isfinite(found[0])
             rows.append((attribute, name, "balanced accuracy", *summary(found[:, there].mean(1)),
                          int(inside.sum()), int(there.sum())))
             if there[0]:
-                rows.append((attribute, name, "melanoma recall", *summary(found[:, 0]),
-                             int((part.labels == 0).sum()), int(there.sum())))
+                n, ends = int((part.labels == 0).sum()), summary(found[:, 0])[1:]
+                ends = ends if n >= 5 else (np.nan, np.nan)
+                rows.append((attribute, name, f"{first} recall", found[0, 0], *ends, n, int(there.sum())))
     return rows
 
-# %% ../nbs/12_evidence.ipynb #badf3e0c
+# %% ../nbs/12_evidence.ipynb #84d4e316
 HEAD = ["architecture", "filtered", "set", "eval"]
 
 
@@ -362,10 +362,10 @@ def differences(
     "Paired differences to the baseline."
     last = lambda statistic: lambda *given: statistic(*given)[:, -1]
     whole = {"balanced accuracy": balanced, "AUC": last(class_aucs), "calibration error": last(calibration)}
-    n, many, rows = len(cell.labels), len(cell.probabilities), []
+    many, rows = len(cell.probabilities), []
     for metric, statistic in whole.items():
         drawn, spread = paired(cell, base, weights, statistic, seed)
-        rows.append((metric, "all", *summary(drawn), n, many, spread))
+        rows.append((metric, "all", *summary(drawn), len(cell.labels), many, spread))
     drawn, _ = paired(cell, base, weights, recalls, seed)
     for k, name in enumerate(classes):
         rows.append(("recall", name, *summary(drawn[:, k]), int((cell.labels == k).sum()), many, np.nan))
@@ -414,7 +414,7 @@ def evidence(
     frames["tests"]["p (Holm)"] = family.transform(lambda p: holm(p.to_numpy())) if len(rows["tests"]) else []
     return frames
 
-# %% ../nbs/12_evidence.ipynb #bda1ff13
+# %% ../nbs/12_evidence.ipynb #4a719a88
 INKS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
@@ -423,11 +423,11 @@ def draw_reliability(
 ) -> "matplotlib.figure.Figure":  # a panel an evaluation set
     "Reliability of some sets."
     import matplotlib.pyplot as plt
-    splits, sets = list(frame["eval"].unique()), list(frame.set.unique())
+    splits = list(frame["eval"].unique())
     fig, axes = plt.subplots(1, len(splits), figsize=(3.6 * len(splits), 3.5), squeeze=False, sharey=True)
     for ax, split in zip(axes[0], splits):
         ax.plot([0, 1], [0, 1], color="0.7", lw=0.8)
-        for k, name in enumerate(sets):
+        for k, name in enumerate(frame.set.unique()):
             part = frame[(frame["eval"] == split) & (frame.set == name)]
             ink, size = INKS[k % 7], 8 + 90 * part.n / part.n.max()
             ax.plot(part.confidence, part.value, color=ink, lw=1, ls=("-", "--", ":", "-.")[k % 4])
@@ -455,8 +455,8 @@ def draw_subgroups(
         ax.scatter(own.value, at, color=INKS[k], marker="osD^"[k], s=16, label=name, zorder=3)
     for i in (i for i, key in enumerate(keys) if i and key[0] != keys[i - 1][0]):
         ax.axhline(i - 0.5, color="0.85", lw=0.8)
-    counts = part.drop_duplicates(["attribute", "group"]).n
-    ax.set_yticks(range(len(keys)), [f"{a}: {g} ({n})" for (a, g), n in zip(keys, counts)], fontsize=8)
+    named = zip(keys, part.drop_duplicates(["attribute", "group"]).n)
+    ax.set_yticks(range(len(keys)), [f"{a}: {g} ({n})" for (a, g), n in named], fontsize=8)
     says = f"balanced accuracy, {split} (images in brackets)"
     ax.set(xlim=(0, 1), ylim=(len(keys) - 0.4, -0.6), xlabel=says)
     fig.legend(ncol=4, loc="outside upper center", fontsize=8)

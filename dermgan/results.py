@@ -287,7 +287,7 @@ def draw_confusion(
     fig.colorbar(picture, ax=axes, label="share of the diagnosis", shrink=0.6)
     return fig
 
-# %% ../nbs/12_results.ipynb #987d354f
+# %% ../nbs/12_results.ipynb #59a63be9
 def control_rows(
     run: Run,  # its seed and bootstrap_n
     study: Study,  # from `evidence.open_study`
@@ -335,7 +335,8 @@ def draw_intervals(
 ) -> "matplotlib.figure.Figure":  # a panel an evaluation set, a row a label
     "Differences in points with intervals; a hollow mark is the paper's number."
     import matplotlib.pyplot as plt
-    splits, labels, kinds = sorted(frame["eval"].unique()), list(frame.label.unique()), list(frame.kind.unique())
+    splits, labels, kinds = (list(frame[column].unique()) for column in ("eval", "label", "kind"))
+    splits = sorted(splits)
     size = (1.6 + 2.9 * len(splits), 1.1 + (0.16 + 0.09 * len(kinds)) * len(labels))
     fig, axes = plt.subplots(1, len(splits), figsize=size, squeeze=False, sharex=True, sharey=True)
     for ax, split in zip(axes[0], splits):

@@ -132,3 +132,11 @@ def test_samples_are_drawn_once_and_repeat(run):
     images = audit.generated(Net(), 70, 0)
     z = torch.randn(64, 4, generator=rng(0, "audit generated"))
     assert images.shape == (70, 3, 8, 8) and images.dtype == torch.uint8 and abs(int(images[0, 0, 0, 0]) - (z[0, 0].tanh() + 1) * 127.5) <= 1
+
+
+def test_before_the_cells_are_done_only_what_is_done_is_asked(run):
+    run.path("ckpt", "classify", "net-2k-plain-s1.json").write_text(json.dumps({"synthetic": ["holdout0"]}))
+    put_store(run, "random", ["z"], ["test-l2"], 6)
+    assert audit.check_descent(run, every=False).n.tolist() == [20, 20, 20]
+    with pytest.raises(DataRefused):
+        audit.check_descent(run)

@@ -199,7 +199,7 @@ def test_delong_of_one_model_with_itself_is_no_difference():
 @pytest.mark.parametrize("p, expected", [([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]), ([0.5, 0.9], [1.0, 1.0]), ([0.02], [0.02]),
                                          ([0.01, np.nan, 0.01], [0.02, np.nan, 0.02]), ([], []), ([0.04, 0.01, 0.2, 0.012], [0.08, 0.04, 0.2, 0.04])])
 def test_holm_by_hand(p, expected):
-    assert np.allclose(evidence.holm(np.array(p)), expected, equal_nan=True)
+    assert np.allclose(evidence.holm(np.array(p, float)), expected, equal_nan=True)
 
 
 def test_holm_keeps_the_family_wise_error():
@@ -232,7 +232,7 @@ def test_small_groups_join_and_each_group_is_judged_on_its_own():
                         columns=["attribute", "group", "metric", "value", "low", "high", "n", "classes"])
     whole = rows[rows.metric == "balanced accuracy"].set_index("group")
     assert whole.n.to_dict() == {"back": 70, "face": 65, "other": 5} and whole.value.tolist() == [1, 0, 0]
-    assert rows[(rows.metric == "melanoma recall") & (rows.group == "back")].n.tolist() == [10] and whole.classes["other"] == 5
+    assert rows[(rows.metric == "MEL recall") & (rows.group == "back")].n.tolist() == [10] and whole.classes["other"] == 5
 
 
 # --- the study ---
