@@ -3,8 +3,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'colour_histogram', 'colour_baseline', 'grid', 'reference_rows', 'table2', 'print_table2', 'set_label',
            'reported_sets', 'table3', 'print_table3', 'recall_frame', 'draw_recall', 'confusion_frame',
-           'draw_confusion', 'control_rows', 'controls_table', 'draw_intervals', 'curve_frame', 'draw_curves',
-           'direction', 'verdict']
+           'draw_confusion', 'control_rows', 'controls_table', 'draw_intervals', 'direction', 'verdict']
 
 # %% ../nbs/12_results.ipynb #5efe0982
 from itertools import product
@@ -287,7 +286,7 @@ def draw_confusion(
     fig.colorbar(picture, ax=axes, label="share of the diagnosis", shrink=0.6)
     return fig
 
-# %% ../nbs/12_results.ipynb #59a63be9
+# %% ../nbs/12_results.ipynb #2ea62633
 def control_rows(
     run: Run,  # its seed and bootstrap_n
     study: Study,  # from `evidence.open_study`
@@ -356,36 +355,6 @@ def draw_intervals(
     axes[0, 0].set_yticks(range(len(labels)), labels, fontsize=8)
     names = {name: handle for ax in axes[0] for handle, name in zip(*ax.get_legend_handles_labels())}
     fig.legend(names.values(), names.keys(), ncol=3, loc="outside upper center", fontsize=8)
-    return fig
-
-
-def curve_frame(
-    study: Study,  # from `evidence.open_study`
-    arch: str,  # architecture
-) -> pd.DataFrame:  # set, seed, epoch (from 1), loss, value (balanced accuracy on validation lesions)
-    "The history of every training."
-    parts = [pd.DataFrame(cell.history).assign(set=set_label(cell.set, cell.filtered), seed=cell.seed)
-             for line, cells in study.cells.items() if line[0] == arch for cell in cells]
-    frame = pd.concat(parts, ignore_index=True).rename(columns={"balanced_accuracy": "value"})
-    return frame.assign(epoch=frame.epoch + 1)[["set", "seed", "epoch", "loss", "value"]]
-
-
-def draw_curves(
-    frame: pd.DataFrame,  # from `curve_frame`
-) -> "matplotlib.figure.Figure":  # loss, and validation
-    "Learning curves: thin a training, thick the mean of those still running."
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 2, figsize=(7.4, 3))
-    for ax, column, words in zip(axes, ("loss", "value"), ("training loss", "balanced accuracy, validation")):
-        for k, (name, part) in enumerate(frame.groupby("set", sort=False)):
-            look = {"color": INKS[k % 7], "ls": ("-", "--", ":", "-.")[k // 7 % 4]}
-            for _, own in part.groupby("seed"):
-                ax.plot(own.epoch, own[column], lw=0.6, alpha=0.5, **look)
-            middle = part.groupby("epoch")[column].mean()
-            ax.plot(middle.index, middle, lw=1.6, label=name, **look)
-        ax.set(xlabel="epoch", ylabel=words)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return fig
 
 # %% ../nbs/12_results.ipynb #93fefc35

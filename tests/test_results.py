@@ -189,17 +189,6 @@ def test_table_3_is_bold_where_it_is_best_and_the_papers_bold_is_the_papers(tmp_
     assert all("**" in theirs[best[label]][columns[label]] for label in best) and len(theirs) == 3
 
 
-def test_curves_hold_every_epoch_of_every_seed(tmp_path):
-    run = make_run(tmp_path, cls_sets="baseline, 2k", cls_seeds="2")
-    for name in ("baseline", "2k"):
-        for seed in (0, 1):
-            put_cell(run, "densenet_small", name, seed=seed)
-    curves = results.curve_frame(evidence.open_study(run), "densenet_small")
-    assert len(curves) == 2 * 2 * 3 and set(curves.set) == {"baseline", "SA-2k"} and curves.epoch.max() == 3
-    lines = results.draw_curves(curves).axes[0].lines
-    assert len(lines) == 2 * (2 + 1) and np.allclose(lines[2].get_ydata(), [2.0, 1.5, 1.2])
-
-
 @pytest.mark.parametrize("gap, words", [((0.02, 0.01, 0.03), "a gain"), ((-0.02, -0.03, -0.01), "a loss"), ((0.02, -0.01, 0.05), "not told apart from 0")])
 def test_the_three_sentences_follow_the_intervals(tmp_path, gap, words):
     run = make_run(tmp_path, gan_split="train")
