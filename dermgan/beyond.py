@@ -19,7 +19,7 @@ from .allot import standardise
 from .evidence import (Cell, Study, auc, balanced, interval, measure, resample, side, summary, weights_of,
                               with_data)
 
-# %% ../nbs/12_beyond.ipynb #fb2c1030
+# %% ../nbs/12_beyond.ipynb #0ffcc294
 TEST_COUNTS = (171, 909, 93, 43, 217, 44, 35)  # images of each class in the official test set of ISIC 2018
 
 
@@ -54,7 +54,7 @@ def change_of(
     for a, b in zip(cell.probabilities, base.probabilities):
         move = (a.argmax(1) == cell.labels).astype(float) - (b.argmax(1) == cell.labels)
         classes = np.eye(a.shape[1])[cell.labels]
-        size = weights @ classes
+        size = np.where(weights @ classes > 0, weights @ classes, np.nan)
         mean = lambda x: weights @ (classes * x[:, None]) / size
         out.append(mean(move**2) - mean(move) ** 2)
     return np.mean(out, 0)
