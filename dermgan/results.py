@@ -357,13 +357,14 @@ def draw_intervals(
     fig.legend(names.values(), names.keys(), ncol=3, loc="outside upper center", fontsize=8)
     return fig
 
-# %% ../nbs/12_results.ipynb #93fefc35
+# %% ../nbs/12_results.ipynb #99b69caf
 def direction(
     row: pd.Series,  # value, low, high
 ) -> str:  # a few words
     "A difference in points, and whether its interval leaves out 0."
     says = "a gain" if row.low > 0 else "a loss" if row.high < 0 else "not told apart from 0"
-    return f"{100 * row.value:+.1f} points ({100 * row.low:+.1f} to {100 * row.high:+.1f}; {says})"
+    ends = f"95 %: {100 * row.low:+.1f} to {100 * row.high:+.1f}"
+    return f"{100 * row.value:+.1f} points ({ends}; {says})"
 
 
 def verdict(
@@ -381,7 +382,9 @@ def verdict(
     one = f"No synthetic set was trained to its end ({where}), so this run supports no claim on any."
     for row in (part[part.set == "6k"] if (part.set == "6k").any() else part)[:1].itertuples():
         trained = f"{arch} over {p.cls_seeds} training{'s' * (p.cls_seeds > 1)}"
-        one = (f"On {row.n} images of {split} ({where}), {set_label(row.set, row.filtered)} changes the "
+        line, name = (arch, row.set, row.filtered), set_label(row.set, row.filtered)
+        lesions = side(study, line, split).lesions
+        one = (f"On {row.n} images of {len(set(lesions))} lesions of {split} ({where}), {name} changes the "
                f"balanced accuracy of {trained} by {direction(row)}.")
     of = controls.control.map(lambda name: parse_set(name).kind in CONTROLS)
     beside = controls[(controls["eval"] == split) & (controls.metric == "synthetic minus control") & of]
@@ -390,7 +393,7 @@ def verdict(
            "No control was trained to its end, so nothing here tells variety from mere quantity.")
     finds = "its power is unknown"
     if smallest == smallest:
-        finds = f"the official test set finds gains from {100 * smallest:.1f} points on"
+        finds = f"1,512 images would find a gain from {100 * smallest:.1f} points on"
     kept = "from ImageNet weights" if p.cls_pretrained == "imagenet" else "from scratch"
     three = (f"It cannot say whether the paper's gains of 1.2 to 3.5 points hold: {arch} was trained {kept} "
              f"at {px}, all stands on one generator, {len(study.reasons)} lines of the study are holes, and "
