@@ -171,7 +171,7 @@ def summary(
     "A value with its interval."
     return (float(draws[0]), *interval(draws[1:])) if np.isfinite(draws).all() else (np.nan,) * 3
 
-# %% ../nbs/12_evidence.ipynb #dc33868f
+# %% ../nbs/12_evidence.ipynb #caae4a54
 def paired(
     cell: Cell,  # with probabilities
     base: Cell,  # what it is compared with, on the same images
@@ -179,15 +179,15 @@ def paired(
     statistic: Callable,  # (probabilities, labels, weights) -> [1 + count, ...]
     seed: int = 0,  # of the draw of trainings
 ) -> tuple[np.ndarray, float]:  # differences [1 + count, ...], and their deviation over seeds (NaN for one)
-    "The mean difference over seeds, in the data and in each resample of lesions and seeds."
+    "The mean difference over seeds, in the data and in each resample of lesions, with the luck of trainings."
     values = lambda side: np.stack([statistic(p, side.labels, weights) for p in side.probabilities])
     each = values(cell) - values(base)
     many, drawn = len(each), each.mean(0)
     if many == 1:
         return drawn, np.nan
-    picks = np.random.default_rng(seed).integers(0, many, (each.shape[1] - 1, many - 1))
-    drawn[1:] = each[picks, np.arange(1, each.shape[1])[:, None]].mean(1)
-    return drawn, float(each[:, 0].std(0, ddof=1).mean())
+    spread, luck = each[:, 0].std(0, ddof=1), np.random.default_rng(seed).standard_t(many - 1, len(drawn) - 1)
+    drawn[1:] += np.multiply.outer(luck, spread / many**0.5)
+    return drawn, float(spread.mean())
 
 # %% ../nbs/12_evidence.ipynb #bbd2f9ff
 def ece(

@@ -88,25 +88,30 @@ def test_a_paired_difference_is_the_mean_of_each_seeds_own_difference():
     assert np.allclose(alone, slow, atol=1e-6) and np.isnan(none)
 
 
-def test_the_luck_of_a_training_widens_the_interval_as_it_should():
-    "Between-seed variance alone: with no lesion noise, the resamples have the variance of a mean of S."
-    labels = np.zeros(4, int)
-    values = np.array([0.1, 0.5, 0.9, 0.3])
-    give = lambda p, labels, w: p[0, 0] + np.zeros(len(w))
-    sides = cell([np.full((4, 1), v) for v in values], labels), cell([np.zeros((4, 1))] * 4, labels)
-    drawn, _ = evidence.paired(*sides, np.ones((40001, 4)), give, 1)
-    assert drawn[1:].std() == pytest.approx(values.std(ddof=1) / 2, rel=0.03)
-
-
-def test_a_training_on_its_own_gets_the_interval_over_seeds_right_in_19_of_20():
-    hits, trials = 0, 400
-    give = lambda p, labels, w: p[0, 0] + np.zeros(len(w))
+@pytest.mark.parametrize("many", [2, 3, 8])
+def test_the_luck_of_a_training_is_in_the_interval_in_19_of_20(many):
+    "Between-seed variance alone: the interval is Student's, and holds the truth as often as it says."
+    give, hits, trials = (lambda p, labels, w: p[0, 0] + np.zeros(len(w))), 0, 500
+    none = cell([np.zeros((1, 1))] * many, np.zeros(1, int))
     for trial in range(trials):
-        values = np.random.default_rng([5, trial]).normal(1, 0.5, 12)
-        sides = cell([np.full((1, 1), v) for v in values], np.zeros(1, int)), cell([np.zeros((1, 1))] * 12, np.zeros(1, int))
-        low, high = evidence.interval(evidence.paired(*sides, np.ones((401, 1)), give, trial)[0][1:])
+        values = np.random.default_rng([5, many, trial]).normal(1, 0.5, many)
+        drawn, spread = evidence.paired(cell([np.full((1, 1), v) for v in values], np.zeros(1, int)), none, np.ones((2001, 1)), give, trial)
+        low, high = evidence.interval(drawn[1:])
         hits += low <= 1 <= high
-    assert 0.88 <= hits / trials <= 0.98
+    assert spread == pytest.approx(values.std(ddof=1)) and abs(hits / trials - 0.95) <= 0.03
+    expected = stats.t.interval(0.95, many - 1, loc=values.mean(), scale=stats.sem(values))
+    wide, _ = evidence.paired(cell([np.full((1, 1), v) for v in values], np.zeros(1, int)), none, np.ones((200001, 1)), give, 1)
+    assert np.allclose(evidence.interval(wide[1:]), expected, rtol=0.05)
+
+
+def test_lesions_and_trainings_add_up():
+    "Both chances at once: the variance of the draws is that of lesions plus that of trainings."
+    labels, many = np.arange(350) % 7, 9
+    one, two = ([scores(labels, 100 * side + k, skill) for k in range(many)] for side, skill in ((1, 0.7), (2, 0.5)))
+    weights = evidence.with_data(evidence.resample(labels, [f"l{k}" for k in range(350)], 3000, 0))
+    drawn, spread = evidence.paired(cell(one, labels), cell(two, labels), weights, evidence.balanced, 3)
+    lesions = np.mean([evidence.balanced(a, labels, weights) - evidence.balanced(b, labels, weights) for a, b in zip(one, two)], 0)[1:].var()
+    assert drawn[1:].var() == pytest.approx(lesions + spread**2 / many * (many - 1) / (many - 3), rel=0.12)
 
 
 # --- calibration ---
