@@ -254,6 +254,12 @@ def test_restart_from_a_notebook_keeps_what_stands_before_it(toy):
     assert left == {"profile.json", "ckpt/gan.pt", "nbs/05_gan.ipynb", "logs/05_gan.made"}
 
 
+@pytest.mark.parametrize("told, count", [("", 0), ("0", 1), ("2,3", 2)])
+def test_the_gpus_of_a_machine_are_counted_without_torch(told, count, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", told)
+    assert stages.gpus() == count
+
+
 CELLS = ("baseline-plain", "2k-plain", "2k-filter", "random-6k-plain", "clustered-6k-plain")
 
 
