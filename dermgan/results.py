@@ -204,7 +204,7 @@ def print_table3(
             lines.append("| " + " | ".join([whose, name, *cells]) + " |")
     return "\n".join(lines)
 
-# %% ../nbs/12_results.ipynb #95fa0a1c
+# %% ../nbs/12_results.ipynb #b192a927
 def recall_frame(
     run: Run,  # with packed stores
     study: Study,  # from `evidence.open_study`
@@ -222,27 +222,28 @@ def recall_frame(
 def draw_recall(
     frame: pd.DataFrame,  # from `recall_frame`
 ) -> "matplotlib.figure.Figure":  # a row an evaluation set
-    "Fig. 5: bars of recall by class, lightest for the baseline."
+    "Fig. 5: bars of recall by class; darker for more synthetic images, hatched where filtered."
     import matplotlib.pyplot as plt
     splits, classes, sets = (list(frame[c].unique()) for c in ("eval", "class", "set"))
-    fig, axes = plt.subplots(len(splits), 1, figsize=(7, 0.5 + 1.9 * len(splits)), squeeze=False)
-    hatches, width = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo"), 0.84 / len(sets)
+    plain = list(dict.fromkeys(title.removesuffix("-filter") for title in sets))
+    tint = lambda title: 0.3 + 0.7 * plain.index(title.removesuffix("-filter")) / max(1, len(plain) - 1)
+    look = lambda title: {"alpha": tint(title), "hatch": "/////" * title.endswith("-filter"),
+                          "edgecolor": "white", "linewidth": 0.5}
+    size, width = (7 + 0.3 * max(0, len(sets) - 4), 0.6 + 1.9 * len(splits)), 0.84 / len(sets)
+    fig, axes = plt.subplots(len(splits), 1, figsize=size, squeeze=False)
     for ax, split in zip(axes[:, 0], splits):
         for j, title in enumerate(sets):
             part = frame[(frame["eval"] == split) & (frame.set == title)]
             x = np.arange(len(classes)) + (j - (len(sets) - 1) / 2) * width
-            tint = 0.35 + 0.65 * j / max(1, len(sets) - 1)
             for at, row in zip(x, part.itertuples()):
-                ax.bar(at, row.value, width * 0.92, color=COLORS.get(row[2], "0.4"), alpha=tint,
-                       hatch=hatches[j % 7], edgecolor="white", linewidth=0.5)
+                ax.bar(at, row.value, width * 0.92, color=COLORS.get(row[2], "0.4"), **look(title))
             ax.vlines(x, part.low, part.high, color="white", lw=2.4)
             ax.vlines(x, part.low, part.high, color="0.15", lw=1)
         counts = frame[(frame["eval"] == split) & (frame.set == sets[0])].n
         ax.set(xticks=range(len(classes)), ylabel=f"recall, {split}", ylim=(0, 1))
         ax.set_xticklabels([f"{name}\nn = {n}" for name, n in zip(classes, counts)])
-    swatch = [plt.Rectangle((0, 0), 1, 1, facecolor="0.2", edgecolor="white", hatch=hatches[j % 7],
-                            alpha=0.35 + 0.65 * j / max(1, len(sets) - 1)) for j in range(len(sets))]
-    fig.legend(swatch, sets, ncol=len(sets), loc="outside upper center")
+    swatch = [plt.Rectangle((0, 0), 1, 1, facecolor="0.2", **look(title)) for title in sets]
+    fig.legend(swatch, sets, ncol=min(6, len(sets)), loc="outside upper center", fontsize=8)
     return fig
 
 
