@@ -240,6 +240,7 @@ def controlled(tmp_path_factory):
     augment.augment_sources(run, nets, sources, inverted)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(controls, "open_nets", lambda *_: nets)
+        patch.setattr(controls.settle_strengths, "__defaults__", (4,))
         patch.setattr(controls, "inverted_sources", lambda _: (sources.source_id.tolist(), inverted))
         plan, settled = controls.pack_controls(run)
     return SimpleNamespace(run=run, nets=nets, sources=sources, inverted=inverted, plan=plan, settled=settled)
