@@ -358,7 +358,7 @@ def draw_intervals(
     fig.legend(names.values(), names.keys(), ncol=3, loc="outside upper center", fontsize=8)
     return fig
 
-# %% ../nbs/12_results.ipynb #99b69caf
+# %% ../nbs/12_results.ipynb #0413ba3f
 def direction(
     row: pd.Series,  # value, low, high
 ) -> str:  # a few words
@@ -389,8 +389,8 @@ def verdict(
                f"balanced accuracy of {trained} by {direction(row)}.")
     of = controls.control.map(lambda name: parse_set(name).kind in CONTROLS)
     beside = controls[(controls["eval"] == split) & (controls.metric == "synthetic minus control") & of]
-    each = ", ".join(f"{r.control} by {direction(r)}" for r in beside.dropna(subset="value").itertuples())
-    two = (f"The synthetic set differs from its controls: {each}." if each else
+    each = ", ".join(f"over {r.control} {direction(r)}" for r in beside.dropna(subset="value").itertuples())
+    two = (f"What the synthetic set has over its controls: {each}." if each else
            "No control was trained to its end, so nothing here tells variety from mere quantity.")
     finds = "its power is unknown"
     if smallest == smallest:

@@ -198,5 +198,5 @@ def test_the_three_sentences_follow_the_intervals(tmp_path, gap, words):
     said = results.verdict(run, gains, controls, evidence.Study({}, {("a", "6k", False): "no"}), 0.031)
     one, two, three = said.split(". ")
     assert one.endswith(f"(95 %: {100 * gap[1]:+.1f} to {100 * gap[2]:+.1f}; {words})") and "SA-6k" in one
-    assert f"inverted-6k by {100 * gap[0]:+.1f} points" in two and "clustered" not in two
+    assert f"over inverted-6k {100 * gap[0]:+.1f} points" in two and "clustered" not in two
     assert "1 lines" in three and "from 3.1 points on" in three and "from scratch" in three
