@@ -4,25 +4,36 @@ import sys
 from pathlib import Path
 
 from dermgan.core import file_sha256, read_run
-from dermgan.stages import cells, code_digest, notebook_digest, plan, top
+from dermgan.settings import CellKey, cell_name, cell_stage, plan_cells
+from dermgan.stages import code_digest, gpus, notebook_digest, plan, top
 
 python = sys.executable
 run = read_run(Path.cwd())
 stages = plan()
-grid = cells(run.profile) if "11_classify" in stages else []
+grid = plan_cells(run.profile) if "11_classify" in stages else []
 review = top() / "figures" / run.profile.name / "directions.yaml"
 said = file_sha256(review) if review.is_file() else ""   # a saved decision makes 09_review run again
-cell_file = "ckpt/classify/{0}-{1}-plain-s{2}.json"
 # Narrow networks step faster on one thread than on two (benchmarks/gan_threads.py), and leave the other core to other stages.
 wide = {"05_gan", "07_invert", "07_encode", "08_hypertrain", "08_hyperstyle", "08_compare"}
 whole_machine = wide if run.profile.channel_base >= 2048 else set()
 long = {"05_gan", "07_invert", "07_encode", "08_hypertrain", "10_augment"}   # begun first: most of the rest waits for them
 
 
+def outcome(cell):
+    "What a classifier run leaves, finished or failed."
+    return f"ckpt/classify/{cell_name(*cell)}.outcome"
+
+
 def waits_for(stage):
     "The executed notebooks and classifier runs that a stage needs."
-    extra = {"11_classify": grid[:1], "12_results": grid}.get(stage, [])
-    return [f"nbs/{name}.ipynb" for name in stages[stage]] + [cell_file.format(*cell) for cell in extra]
+    extra = {"11_classify": grid[:1], "11_grid": grid}.get(stage, [])
+    return [f"nbs/{name}.ipynb" for name in stages[stage]] + [outcome(cell) for cell in extra]
+
+
+def cell_waits_for(w):
+    "The notebook that makes a cell's images; for a filtered one the unfiltered cell that judges them."
+    plain = CellKey(w.arch, w.set, False, w.seed)
+    return [f"nbs/{cell_stage(w.set)}.ipynb"] + [outcome(plain)] * (w.filter == "filter")
 
 
 rule all:
@@ -42,9 +53,10 @@ for stage in stages:
 
 
 rule classify:
-    input: lambda w: "nbs/02_phantom.ipynb" if w.set == "baseline" else "nbs/10_augment.ipynb"
-    output: "ckpt/classify/{arch}-{set}-plain-s{seed}.json"
-    params: key=code_digest("import dermgan.classify", top() / "dermgan")
-    wildcard_constraints: set="baseline|[0-9]+k", seed="[0-9]+"
-    threads: max(1, workflow.cores // max(1, len(grid)))
-    shell: "exec {python:q} -m dermgan.reproduce cell {wildcards.arch} {wildcards.set} {wildcards.seed} --run ."
+    input: cell_waits_for
+    output: "ckpt/classify/{arch}-{set}-{filter}-s{seed}.outcome"
+    params: key=code_digest("import dermgan.grid", top() / "dermgan")
+    wildcard_constraints: arch=r"\w+", set="baseline|([a-z]+-)?[0-9]+k", filter="plain|filter", seed="[0-9]+"
+    threads: max(1, workflow.cores // max(1, gpus() or len(grid)))
+    resources: gpu=1
+    shell: "exec {python:q} -m dermgan.reproduce cell {wildcards.arch}-{wildcards.set}-{wildcards.filter}-s{wildcards.seed} --run ."

@@ -120,7 +120,7 @@ def check_provenance(
                           "Make them again: delete tables/synthetic.csv.")
     return len(frame)
 
-# %% ../nbs/10_augment.ipynb #9f1ac1ec
+# %% ../nbs/10_augment.ipynb #56a47220
 def made_by(
     run: Run,  # its settings
     sources: pd.DataFrame,  # source_id of each inverted image
@@ -191,7 +191,7 @@ def pack_kept(
 
     pictures = [functools.partial(lambda i: rendered(i // batch)[i % batch], i) for i in range(len(frame))]
     return pack_images(run.path("lmdb", "synthetic"), pictures, frame.image_id.tolist(), frame.label.tolist(),
-                       frame.lesion_id.tolist(), train.classes, train.image_px, run.profile.store, facts)
+                       frame.lesion_id.tolist(), train.classes, train.image_px, "jpeg", facts)
 
 
 def augment_sources(

@@ -2,11 +2,12 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'IMAGENET', 'build', 'load_imagenet', 'weights_file', 'balanced_accuracy', 'should_stop', 'Fit',
-           'learning_rate', 'train_step', 'predict', 'pick_precision', 'begin', 'cell_name', 'open_pool', 'load_cell',
-           'made_by', 'save_fit', 'resume', 'train_epoch', 'end_epoch', 'finish', 'read_cell', 'train_cell', 'main']
+           'learning_rate', 'train_step', 'predict', 'pick_precision', 'run_precision', 'begin', 'misclassified',
+           'cell_pool', 'load_cell', 'made_by', 'save_fit', 'resume', 'train_epoch', 'end_epoch', 'finish', 'read_cell',
+           'train_cell']
 
-# %% ../nbs/11_classify.ipynb #a8bdefb1
-import argparse, json, math, re, sys, time
+# %% ../nbs/11_classify.ipynb #54566ad8
+import json, math, os, re, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,13 +15,14 @@ import numpy as np, torch
 from torch import nn
 from torch.nn import functional as F
 
-from .core import (ConfigError, DataMissing, DataRefused, DermganError, NotFinite, Profile, Run, SETS,
-                          check_made_by, code_key, file_sha256, import_torchvision, load_state, load_weights,
-                          named_seed, progress, read_run, rng, save_atomic, save_weights, short_key,
-                          write_atomic, write_text)
+from .core import (ConfigError, DataMissing, DataRefused, NotFinite, Profile, Run, check_made_by,
+                          code_key, file_sha256, import_torchvision, load_state, load_weights, named_seed,
+                          progress, rng, save_atomic, save_weights, short_key, write_atomic, write_text)
 from .store import Images, store_facts, to_float
 from .data import evaluation_splits, open_images
-from .allot import augment, batches, draw_set, oversample, standardise
+from .settings import CellKey, cell_name
+from .allot import (Pool, augment, batches, check_labels, draw_set, open_pool, oversample,
+                           standardise)
 
 # %% ../nbs/11_classify.ipynb #fd063a2e
 SHAPES = {  # growth, layers of each block, channels of the stem
@@ -112,7 +114,7 @@ def should_stop(
     "Early stopping: the best score is `patience` epochs old. An equal score is no improvement."
     return bool(scores) and len(scores) - 1 - int(np.argmax(scores)) >= patience
 
-# %% ../nbs/11_classify.ipynb #13b1ea00
+# %% ../nbs/11_classify.ipynb #75988360
 @dataclass
 class Fit:
     "Everything that training changes."
@@ -144,7 +146,7 @@ def train_step(
 ) -> float:  # the loss
     "One step of Adam on cross-entropy. NotFinite leaves the weights as they were."
     device, names = next(fit.model.parameters()).device, (seed, "step", fit.epoch, fit.step)
-    x = standardise(augment(images, cutout, rng(*names)).to(device))
+    x = standardise(augment(images.to(device), cutout, rng(*names)))
     x = x.contiguous(memory_format=torch.channels_last)
     half = torch.autocast(device.type, torch.bfloat16, fit.precision == "bf16")
     with torch.random.fork_rng(devices=[]), half:
@@ -162,17 +164,19 @@ def train_step(
 @torch.no_grad()
 def predict(
     model: nn.Module,  # left in eval mode
-    images: Images,  # n of them
+    images: Images,  # to read from
     batch: int = 128,  # images at a time
+    places: "Sequence[int] | None" = None,  # n of them; None takes all
 ) -> torch.Tensor:  # class probabilities, float32 [n, K]
     "Classify images in fp32, without augmentation."
-    device, parts = next(model.eval().parameters()).device, []
-    for first in range(0, len(images), batch):
-        x = to_float(images.batch(range(first, min(first + batch, len(images))))).to(device)
+    device, parts = next(model.eval().parameters()).device, [torch.empty(0)]
+    places = range(len(images)) if places is None else places
+    for first in range(0, len(places), batch):
+        x = to_float(images.batch(places[first:first + batch])).to(device)
         parts.append(model(standardise(x).contiguous(memory_format=torch.channels_last)).softmax(1).cpu())
     return torch.cat(parts)
 
-# %% ../nbs/11_classify.ipynb #38a277aa
+# %% ../nbs/11_classify.ipynb #7bd83f1c
 def pick_precision(
     run: Run,  # its `precision` decides unless "auto"
     arch: str,  # a key of SHAPES
@@ -184,14 +188,35 @@ def pick_precision(
         return p.precision, seconds
     images = torch.zeros(p.cls_batch, 3, p.image_px, p.image_px, dtype=torch.uint8)
     labels = torch.arange(p.cls_batch) % n_classes
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     for precision in ("fp32", "bf16"):
         fit, times = begin(run, arch, n_classes, 0, precision, pretrained="none"), []
         for _ in range(5):
-            start = time.perf_counter()
+            start = clock()
             train_step(fit, images, labels, p.cls_cutout, 0)
-            times.append(time.perf_counter() - start)
+            times.append(clock() - start)
         seconds[precision] = round(min(times[1:]), 4)
     return min(seconds, key=seconds.get), seconds
+
+
+def run_precision(
+    run: Run,  # its `precision` decides unless "auto"
+    arch: str,  # a key of SHAPES
+    n_classes: int,  # diagnoses
+) -> tuple[str, dict[str, float]]:  # "fp32" or "bf16", and the seconds of a step of each
+    "The precision of all cells of an architecture: measured by whoever comes first."
+    file = run.path("ckpt", f"precision-{arch}.json")
+    if run.profile.precision != "auto":
+        return pick_precision(run, arch, n_classes)
+    if not file.exists():
+        own = file.with_name(f".{file.name}.tmp-{os.getpid()}")
+        own.write_text(json.dumps(pick_precision(run, arch, n_classes)))
+        try:
+            os.link(own, file)
+        except FileExistsError:
+            pass
+        own.unlink()
+    return tuple(json.loads(file.read_text()))
 
 
 def begin(
@@ -209,39 +234,31 @@ def begin(
     adam = torch.optim.Adam(model.parameters(), p.cls_lr, weight_decay=p.cls_weight_decay, fused=True)
     return Fit(model, adam, precision)
 
-# %% ../nbs/11_classify.ipynb #f1a62be9
-def cell_name(
-    arch: str,  # architecture
-    set_name: str,  # baseline, 2k, ... 10k
-    filtered: bool = False,  # synthetic images that the plain model misclassifies are left out
-    seed: int = 0,  # which of cls_seeds
-) -> str:  # file name without ending
-    "The name of a cell."
-    return f"{arch}-{set_name}-{'filter' if filtered else 'plain'}-s{seed}"
-
-
-def open_pool(
+# %% ../nbs/11_classify.ipynb #61be6ff8
+def misclassified(
     run: Run,  # with packed stores
-    arch: str,  # architecture
-    set_name: str,  # baseline, 2k, ... 10k
-    filtered: bool,  # leave out what the plain model misclassifies
-    seed: int,  # which of cls_seeds
-) -> tuple[torch.utils.data.Dataset, torch.Tensor, list[str]]:  # images, labels, ids of the synthetic ones
-    "The training images of a cell: all real ones, and the drawn synthetic ones."
-    real = open_images(run, "train")
-    if filtered and set_name == "baseline":
+    key: CellKey,  # of a filtered cell
+) -> set[str]:  # ids of drawn synthetic images
+    "What the unfiltered model of a cell gets wrong among the images that it was trained on."
+    train_cell(run, key.arch, key.set, False, key.seed)
+    drawn = set(draw_set(run, key.set, len(open_images(run, "train"))))
+    images = open_images(run, "synthetic")
+    at = [i for i, name in enumerate(images.ids) if name in drawn]
+    said = predict(load_cell(run, cell_name(key.arch, key.set, False, key.seed)), images, places=at).argmax(1)
+    return {images.ids[i] for i, wrong in zip(at, said != images.labels[at]) if wrong}
+
+
+def cell_pool(
+    run: Run,  # with packed stores
+    key: CellKey,  # of the cell
+) -> Pool:  # its training images
+    "Open the training images of a cell. DataRefused where they cannot serve; ConfigError for no such cell."
+    if key.filtered and key.set == "baseline":
         raise ConfigError("The baseline cannot be filtered.", "It is all real.", "Name a set: --set 2k")
-    wanted = set(draw_set(run, set_name, len(real)))
-    if not wanted:
-        return real, real.labels, []
-    synthetic = open_images(run, "synthetic")
-    kept = [i for i, name in enumerate(synthetic.ids) if name in wanted]
-    if filtered:
-        train_cell(run, arch, set_name, False, seed)
-        chosen = predict(load_cell(run, cell_name(arch, set_name, False, seed)), synthetic).argmax(1)
-        kept = [i for i in kept if chosen[i] == synthetic.labels[i]]
-    pool = torch.utils.data.ConcatDataset([real, torch.utils.data.Subset(synthetic, kept)])
-    return pool, torch.cat([real.labels, synthetic.labels[kept]]), [synthetic.ids[i] for i in kept]
+    drop, val = misclassified(run, key) if key.filtered else (), open_images(run, "val")
+    pool = open_pool(run, key.set, drop)
+    check_labels(pool.labels, val.labels, val.classes)
+    return pool
 
 
 def load_cell(
@@ -254,20 +271,20 @@ def load_cell(
     model.load_state_dict({key: v.float() if v.is_floating_point() else v for key, v in tensors.items()})
     return model.eval()
 
-# %% ../nbs/11_classify.ipynb #b7c23f5c
+# %% ../nbs/11_classify.ipynb #96ee79ff
 def made_by(
     run: Run,  # settings and seed
-    cell: dict,  # arch, set, filtered, seed
-    synthetic: list[str],  # ids of the drawn synthetic images
+    key: CellKey,  # of the cell
+    pool: Pool,  # its training images
 ) -> dict:  # JSON values
     "What a cell depends on: its place in the grid, settings, images, code."
-    p = vars(run.profile)
+    p, cell = vars(run.profile), key._asdict()
     keys = [k for k in p if k in ("image_px", "dataset", "cls_epochs") or k[:4] == "cls_" and k[-1] != "s"]
-    stores = ("train", "val") + (("synthetic",) if synthetic else ())
-    images = {f"{name} images": store_facts(run.folder / "lmdb" / name)["sha256"][:16] for name in stores}
+    images = {f"{name} images": store_facts(run.folder / "lmdb" / name)["sha256"][:16]
+              for name in (*pool.stores, "val")}
     code = code_key(build, load_imagenet, oversample, batches, augment, standardise, train_step, begin,
                     learning_rate, train_epoch)
-    drawn = {"drawn": short_key(synthetic), "run seed": run.seed, "code": code}
+    drawn = {"drawn": short_key(pool.added), "draws": pool.draws, "run seed": run.seed, "code": code}
     return json.loads(json.dumps(cell | {k: p[k] for k in keys} | images | drawn))
 
 
@@ -291,7 +308,7 @@ def resume(
 ) -> tuple[Fit, dict]:  # the training, and what made it and was measured
     "Begin, or go on from a checkpoint. RunMismatch if it was made otherwise."
     if not path.exists():
-        precision, seconds = pick_precision(run, current["arch"], n_classes)
+        precision, seconds = run_precision(run, current["arch"], n_classes)
         facts = {"made_by": current, "step_seconds": seconds}
         return begin(run, current["arch"], n_classes, seed, precision), facts
     state = load_state(path)
@@ -303,12 +320,11 @@ def resume(
         setattr(fit, key, state[key])
     return fit, {key: state[key] for key in ("made_by", "step_seconds")}
 
-# %% ../nbs/11_classify.ipynb #68210646
+# %% ../nbs/11_classify.ipynb #b8f8f29d
 def train_epoch(
     run: Run,  # settings
     fit: Fit,  # changed in place; begins at its `step`
-    pool: torch.utils.data.Dataset,  # (uint8 image, label) by index
-    labels: torch.Tensor,  # class indices of the pool
+    pool: Pool,  # the training images
     seed: int,  # of the cell
     save: "Callable",  # called without arguments every `save_s` seconds
     save_s: float = 30,  # between checkpoints
@@ -316,8 +332,9 @@ def train_epoch(
     bar: "tqdm.tqdm | None" = None,  # moved by the images seen
 ) -> float:  # the epoch's mean loss
     "Train to the end of the epoch."
-    order, saved = batches(labels, run.profile.cls_batch, seed, fit.epoch), time.monotonic()
-    loader = torch.utils.data.DataLoader(pool, batch_sampler=order[fit.step:], num_workers=workers,
+    order = batches(pool.labels, run.profile.cls_batch, seed, fit.epoch, pool.draws)
+    saved = time.monotonic()
+    loader = torch.utils.data.DataLoader(pool.images, batch_sampler=order[fit.step:], num_workers=workers,
                                          generator=rng(seed, "workers", fit.epoch))
     for images, answers in loader:
         share = (fit.epoch + fit.step / len(order)) / run.profile.cls_epochs
@@ -345,16 +362,17 @@ def end_epoch(
     fit.epoch, fit.step, fit.loss = fit.epoch + 1, 0, 0.0
     return score
 
-# %% ../nbs/11_classify.ipynb #d1f1ed31
+# %% ../nbs/11_classify.ipynb #f36c2962
 def finish(
     run: Run,  # where to write
     name: str,  # from `cell_name`
     fit: Fit,  # at its end
     facts: dict,  # what made it and what was measured
-    synthetic: list[str],  # ids of the drawn synthetic images
+    pool: Pool,  # its training images
 ) -> dict:  # the cell's record
     "Write the best weights, their probabilities on every evaluation set, and the record."
     fit.model.load_state_dict(fit.best)
+    n_train = len(open_images(run, "train"))
     p, folder, arrays, record = run.profile, run.path("ckpt", "classify", name).parent, {}, {}
     for split in ("val", *evaluation_splits(run)):
         images = open_images(run, split)
@@ -364,8 +382,10 @@ def finish(
         record[split] = balanced_accuracy(images.labels, chances.argmax(1))
     facts = facts | {"name": name, "classes": list(images.classes), "precision": fit.precision,
                      "history": fit.history, "best_epoch": int(np.argmax(fit.history["balanced_accuracy"])),
-                     "stopped_early": fit.epoch < p.cls_epochs, "n_train": len(open_images(run, "train")),
-                     "n_synthetic": len(synthetic), "synthetic": synthetic, "balanced_accuracy": record}
+                     "stopped_early": fit.epoch < p.cls_epochs, "n_train": n_train, "draws": pool.draws,
+                     "n_synthetic": len(pool.labels) - n_train, "synthetic": pool.added,
+                     "drawn": len(draw_set(run, facts["made_by"]["set"], n_train)),
+                     "balanced_accuracy": record}
     shape = {"arch": facts["made_by"]["arch"], "classes": facts["classes"], "dropout": p.cls_dropout,
              "image_px": p.image_px}
     save_weights(folder / f"{name}.safetensors", fit.best, shape)
@@ -384,20 +404,20 @@ def read_cell(
     file = run.folder / "ckpt" / "classify" / f"{name}.json"
     return json.loads(file.read_text()) if file.is_file() else None
 
-# %% ../nbs/11_classify.ipynb #1526adf8
+# %% ../nbs/11_classify.ipynb #a9e72ab4
 def train_cell(
     run: Run,  # with packed stores; SA sets need 10_augment
     arch: str,  # a key of SHAPES
-    set_name: str = "baseline",  # or 2k, 4k, 6k, 8k, 10k
+    set_name: str = "baseline",  # a value of cls_sets, without -filter
     filtered: bool = False,  # leave out the synthetic images that the plain model misclassifies
     seed: int = 0,  # which of cls_seeds
     save_s: float = 30,  # seconds between checkpoints
     workers: int | None = None,  # reading processes; None takes none up to 128 px, four above
 ) -> dict:  # the cell's record, also in its .json
     "Train and judge one cell; goes on where it was killed, returns at once where it is done."
-    pool, labels, synthetic = open_pool(run, arch, set_name, filtered, seed)
-    name, val, p = cell_name(arch, set_name, filtered, seed), open_images(run, "val"), run.profile
-    current = made_by(run, {"arch": arch, "set": set_name, "filtered": filtered, "seed": seed}, synthetic)
+    key, p = CellKey(arch, set_name, filtered, seed), run.profile
+    pool, name, val = cell_pool(run, key), cell_name(*key), open_images(run, "val")
+    current = made_by(run, key, pool)
     if done := read_cell(run, name):
         check_made_by(done["made_by"], current, f"{name}.json")
         return done
@@ -405,38 +425,11 @@ def train_cell(
     fit, facts = resume(run, path, current, len(val.classes), own)
     save = lambda: save_fit(path, fit, facts)
     workers = (4 if p.image_px > 128 else 0) if workers is None else workers
-    seen = fit.epoch * len(labels) + fit.step * p.cls_batch
-    bar = progress(total=p.cls_epochs * len(labels), what=name, unit="images", initial=seen)
+    seen = fit.epoch * pool.draws + min(fit.step * p.cls_batch, pool.draws)
+    bar = progress(total=p.cls_epochs * pool.draws, what=name, unit="images", initial=seen)
     while fit.epoch < p.cls_epochs and not should_stop(fit.history["balanced_accuracy"], p.cls_patience):
-        loss = train_epoch(run, fit, pool, labels, own, save, save_s, workers, bar)
+        loss = train_epoch(run, fit, pool, own, save, save_s, workers, bar)
         bar.set_postfix_str(f"loss {loss:.3f}, validation {end_epoch(fit, val):.3f}")
         save()
     bar.close()
-    return finish(run, name, fit, facts, synthetic)
-
-# %% ../nbs/11_classify.ipynb #e5a30a67
-def main(
-    words: list[str] | None = None,  # command-line words; None takes the process's
-) -> int:  # exit status
-    "Train one cell of the grid from the command line."
-    parser = argparse.ArgumentParser("python -m dermgan.classify", description="Train one cell of the grid.")
-    parser.add_argument("--run", type=Path, required=True, help="a run's folder")
-    parser.add_argument("--arch", required=True, choices=sorted(SHAPES))
-    parser.add_argument("--set", default="baseline", choices=SETS)
-    parser.add_argument("--seed", type=int, default=0, help="which of cls_seeds")
-    parser.add_argument("--filtered", action="store_true", help="drop what the plain model misclassifies")
-    given = parser.parse_args(words)
-    try:
-        record = train_cell(read_run(given.run), given.arch, given.set, given.filtered, given.seed)
-    except DermganError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    except KeyboardInterrupt:
-        print("Stopped.\nThe last checkpoint is kept.\nThe same command goes on from it.", file=sys.stderr)
-        return 130
-    print(record["name"], *(f"{split} {value:.3f}" for split, value in record["balanced_accuracy"].items()))
-    return 0
-
-
-if __name__ == "__main__" and "__file__" in globals():
-    sys.exit(main())
+    return finish(run, name, fit, facts, pool)

@@ -44,7 +44,7 @@ def summary(
     frame = pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=columns)
     return frame[frame["paper"].notna()] if only_paper else frame
 
-# %% ../nbs/16_report.ipynb #c5c72114
+# %% ../nbs/16_report.ipynb #6d248ad1
 def number(
     value: float | None,  # a measured number; NaN and None are empty
 ) -> str:  # three significant digits
@@ -78,7 +78,7 @@ def key_numbers(
 ) -> pd.DataFrame:  # what, value, low, high, n, paper
     "The few numbers by which a run is compared with the paper."
     paper, rows = published(), []
-    printed = next(r for r in paper["balanced_accuracy"] if r["architecture"] == "densenet169")
+    printed = {r["filtered"]: r for r in paper["balanced_accuracy"] if r["architecture"] == "densenet169"}
     gan, lpips = measured(tables, "table_gan"), measured(tables, "table1_lpips")
     rows += [(f"GAN: {row['what']}", *row[list(MEASURED)]) for _, row in table_rows(gan, "").iterrows()]
     for _, row in measured(tables, "table_inversion_methods").iterrows():
@@ -91,10 +91,11 @@ def key_numbers(
                      lpips["value"].mean(), None, None, lpips["n"].sum(), printed_mean))
     for _, row in measured(tables, "table2_balanced_accuracy").iterrows():
         own = row["architecture"] in ("chance", "colour_histogram")
-        name = row["architecture"] if own else set_title(row["set"])
-        gain = 0 if row["set"] == "baseline" else printed[row["set"]]
+        filtered = bool(row["filtered"]) and row["set"] != "baseline"
+        name = row["architecture"] if own else set_title(row["set"] + "-filter" * filtered)
+        gain = 0 if row["set"] == "baseline" else printed[filtered].get(row["set"])
         rows.append((f"balanced accuracy: {name}", *row[list(MEASURED[:4])],
-                     None if own else printed["baseline"] + gain))
+                     None if own or gain is None else printed[filtered]["baseline"] + gain))
     for _, row in measured(tables, "table3_auc").iterrows():
         if row["class"] == "average":
             rows.append((f"mean AUC: {set_title(row['set'])}", *row[list(MEASURED[:4])],

@@ -8,12 +8,12 @@ import pandas as pd
 import pytest
 import torch
 
-from dermgan import allot, augment
+from dermgan import allot, augment, controls
 from dermgan.core import CLASSES, ConfigError, DataMissing, DataRefused, SETS, published, resolve_run, rng
 from dermgan.data import open_images
 from dermgan.factorize import NAMES, Transformation, load_transformations, move, render, save_transformations
 from dermgan.hypernet import HyperNet, render_tuned
-from dermgan.hyperstyle import Inversion, Nets
+from dermgan.hyperstyle import Inversion, Nets, pick
 from dermgan.metrics import open_lpips
 from dermgan.store import Images, pack_images, store_facts, to_float, to_uint8
 from dermgan.stylegan2 import Generator
@@ -76,7 +76,8 @@ def test_the_store_holds_the_kept_images_as_the_plan_says(made):
         for layer in t.layers:
             slow[0, layer] += row.alpha * t.direction.float()
         expected = to_uint8(render(made.g, slow))[0]
-        assert (store.batch([i])[0].int() - expected.int()).abs().max() <= 1
+        apart = (store.batch([i])[0].int() - expected.int()).abs()
+        assert store_facts(made.run.folder / "lmdb" / "synthetic")["store"] == "jpeg" and apart.float().mean() < 4 and apart.max() < 60
 
 
 def test_the_distances_are_lpips_to_the_photograph_and_to_its_inversion(made):
@@ -225,6 +226,126 @@ def test_a_set_without_synthetic_images_says_how_to_make_them(tmp_path):
     assert allot.draw_set(run, "baseline", 40) == []
     with pytest.raises(DataMissing, match="10_augment"):
         allot.draw_set(run, "2k", 40)
+
+
+# --- controls ---
+
+WANTED = "baseline, 6k, steps-6k, duplicates-6k, classical-6k, inverted-6k, random-6k"
+
+
+@pytest.fixture(scope="module")
+def controlled(tmp_path_factory):
+    run, nets, sources, inverted = make_run(tmp_path_factory.mktemp("controls"))
+    run = dataclasses.replace(run, profile=dataclasses.replace(run.profile, cls_sets=tuple(WANTED.split(", "))))
+    augment.augment_sources(run, nets, sources, inverted)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(controls, "open_nets", lambda *_: nets)
+        patch.setattr(controls.settle_strengths, "__defaults__", (4,))
+        patch.setattr(controls, "inverted_sources", lambda _: (sources.source_id.tolist(), inverted))
+        plan, settled = controls.pack_controls(run)
+    return SimpleNamespace(run=run, nets=nets, sources=sources, inverted=inverted, plan=plan, settled=settled)
+
+
+def test_every_control_adds_as_many_images_of_the_same_sources_and_labels(controlled):
+    run, frame = controlled.run, pd.read_csv(controlled.run.folder / "tables" / "synthetic.csv").set_index("image_id")
+    train, plain = open_images(run, "train"), allot.open_pool(run, "6k")
+    n = len(train)
+    assert plain.added == allot.draw_set(run, "6k", n) and len(plain.labels) == n + len(plain.added) == plain.draws
+    for name in ("duplicates-6k", "classical-6k", "inverted-6k", "random-6k"):
+        pool = allot.open_pool(run, name)
+        assert pool.added == plain.added and pool.draws == plain.draws and torch.equal(pool.labels, plain.labels), name
+        assert frame.label[pool.added].tolist() == pool.labels[n:].tolist()
+    steps = allot.open_pool(run, "steps-6k")
+    assert len(steps.labels) == n and steps.draws == plain.draws and steps.stores == ("train",)
+    assert len(allot.batches(steps.labels, 16, 0, 0, steps.draws)) == len(allot.batches(plain.labels, 16, 0, 0, plain.draws))
+
+
+def test_duplicates_are_the_photographs_and_lie_in_no_second_store(controlled):
+    run, train = controlled.run, open_images(controlled.run, "train")
+    pool, frame = allot.open_pool(run, "duplicates-6k"), pd.read_csv(run.folder / "tables" / "synthetic.csv").set_index("image_id")
+    for k, name in enumerate(pool.added):
+        photograph = train.batch([train.ids.index(frame.source_id[name])])[0]
+        assert torch.equal(pool.images[len(train) + k][0], photograph)
+    assert pool.stores == ("train",)
+
+
+def test_inverted_images_are_the_inversions_once_a_source(controlled):
+    run, store = controlled.run, Images(controlled.run.folder / "lmdb" / "controls")
+    inverted = [name for name in store.ids if name.endswith("~inverted")]
+    pool, frame = allot.open_pool(run, "inverted-6k"), pd.read_csv(run.folder / "tables" / "synthetic.csv").set_index("image_id")
+    assert len(inverted) == frame.source_id[pool.added].nunique() < len(pool.added)
+    order = controlled.sources.source_id.tolist()
+    for k in (0, len(pool.added) - 1):
+        place = order.index(frame.source_id[pool.added[k]])
+        expected = to_uint8(render(controlled.nets.g, controlled.inverted.ws[[place]]))[0].int()
+        shown = pool.images[40 + k][0].int()
+        assert (shown - expected).abs().float().mean() < 4
+
+
+def test_random_directions_are_orthogonal_to_the_reviewed_and_move_as_far(controlled):
+    lpips = open_lpips(None)
+    named = load_transformations(controlled.run.folder / "ckpt" / "transformations.json")
+    few = pick(controlled.inverted, range(3))
+    found, again = (controls.random_steps(controlled.nets, lpips, few, named, k) for k in (0, 1))
+    assert list(found) == [name for name in named if named[name]]
+    for name, t in found.items():
+        assert abs(float(t.direction.norm()) - 1) < 1e-9 and t.layers == named[name].layers
+        assert max(abs(float(t.direction @ other.direction)) for other in named.values() if other) < 1e-9
+        assert not torch.allclose(t.direction, again[name].direction, atol=1e-3)
+        far = []
+        for step in (t, named[name]):
+            before = to_float(to_uint8(render(controlled.nets.g, few.ws)))
+            after = [to_float(to_uint8(render(controlled.nets.g, move(few.ws, step.direction, sign * step.alpha, step.layers))))
+                     for sign in (1, -1)]
+            far.append(float(sum(lpips(before, x, "last3").mean() for x in after)) / 2)
+        assert far[0] == pytest.approx(far[1], rel=0.1) or t.alpha == pytest.approx(8 * named[name].alpha)
+
+
+def test_classical_images_lie_as_far_from_the_photographs_as_the_transformed_ones(controlled):
+    table = controls.strength_table(controlled.run).set_index(["control", "metric"])
+    far = table.value.xs("lpips-random_last3", level="metric")
+    assert far["duplicates"] == 0 and far["classical"] == pytest.approx(far["drawn"], rel=0.35)
+    assert (table.n > 0).all() and (table.low <= table.value).all()
+
+
+def test_classical_changes_depend_on_seed_and_id_only():
+    x = torch.randint(0, 256, (3, 3, 24, 24), generator=rng(0), dtype=torch.uint8)
+    whole = controls.classical(x, ["a", "b", "c"], 0.4, 0)
+    assert torch.allclose(whole[1], controls.classical(x[1:2], ["b"], 0.4, 0)[0], atol=1e-6)
+    assert not torch.allclose(whole, controls.classical(x, ["a", "b", "c"], 0.4, 1), atol=1e-2)
+    assert torch.allclose(controls.classical(x, ["a", "b", "c"], 0.0, 0), to_float(x), atol=1e-5)
+
+
+def test_controls_are_made_once_and_anew_where_a_code_changed(controlled, monkeypatch):
+    monkeypatch.setattr(controls, "inverted_sources", lambda _: (controlled.sources.source_id.tolist(), controlled.inverted))
+    monkeypatch.setattr(controls, "open_nets", lambda *_: pytest.fail("made again"))
+    plan, settled = controls.pack_controls(controlled.run)
+    assert plan.image_id.tolist() == controlled.plan.image_id.tolist() and settled == controlled.settled
+    other = controlled.inverted._replace(ws=controlled.inverted.ws + 1)
+    monkeypatch.setattr(controls, "inverted_sources", lambda _: (controlled.sources.source_id.tolist(), other))
+    with pytest.raises(pytest.fail.Exception, match="made again"):
+        controls.pack_controls(controlled.run)
+
+
+def test_a_set_of_which_nothing_is_left_is_refused(controlled):
+    drawn = allot.draw_set(controlled.run, "6k", 40)
+    with pytest.raises(DataRefused, match="no synthetic image") as refusal:
+        allot.open_pool(controlled.run, "6k", drop=drawn)
+    assert len(str(refusal.value).splitlines()) == 3
+    assert len(allot.open_pool(controlled.run, "6k", drop=drawn[:2]).added) == len(drawn) - 2
+
+
+def test_a_choice_of_images_joins_by_its_name_and_holds_only_kept_ones(controlled):
+    run, kept = controlled.run, pd.read_csv(controlled.run.folder / "tables" / "synthetic.csv")
+    kept = kept[kept.kept].image_id.tolist()
+    with pytest.raises(DataMissing, match="11_selection"):
+        allot.open_pool(run, "clustered-6k")
+    file = run.path("tables", "chosen-clustered-6k.csv")
+    pd.DataFrame({"image_id": kept[:5]}).to_csv(file, index=False)
+    assert allot.open_pool(run, "clustered-6k").added == sorted(kept[:5])
+    pd.DataFrame({"image_id": [*kept[:5], "stranger"]}).to_csv(file, index=False)
+    with pytest.raises(DataRefused, match="stranger"):
+        allot.open_pool(run, "clustered-6k")
 
 
 # --- table and sheet ---

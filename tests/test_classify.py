@@ -5,16 +5,21 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 
-from dermgan import allot, classify
+from dermgan import allot, classify, grid
 from dermgan.core import (CLASSES, ConfigError, DataMissing, DataRefused, NotFinite, RunMismatch, file_sha256, load_state,
                           resolve_run, rng, save_weights)
+from dermgan.stages import failed_cells, forget_incomplete, run_cell
+from dermgan.settings import CellKey, cell_key, cell_name, parse_set, plan_cells, read_profile
 from dermgan.data import open_images
 from dermgan.store import pack_images, to_float
 
@@ -182,17 +187,19 @@ def test_a_finished_cell_of_other_settings_is_refused(run):
 
 def test_a_set_adds_its_drawn_images_and_filtering_keeps_a_subset_of_them(run):
     wanted = set(allot.draw_set(run, "10k", 70))
-    pool, labels, synthetic = classify.open_pool(run, "densenet_small", "10k", False, 0)
-    assert set(synthetic) == wanted and len(synthetic) == allot.set_size(run, "10k", 70) == 14
-    assert len(pool) == len(labels) == 84 and [pool[i][1] for i in range(84)] == labels.tolist()
-    store, stored = open_images(run, "synthetic"), pool[83][0]
-    assert torch.equal(stored, store.batch([store.ids.index(synthetic[-1])])[0])
-    kept = classify.open_pool(run, "densenet_small", "10k", True, 0)[2]
+    pool = classify.cell_pool(run, CellKey("densenet_small", "10k", False, 0))
+    assert set(pool.added) == wanted and len(pool.added) == allot.set_size(run, "10k", 70) == 14
+    assert len(pool.images) == len(pool.labels) == pool.draws == 84
+    assert [pool.images[i][1] for i in range(84)] == pool.labels.tolist()
+    store, stored = open_images(run, "synthetic"), pool.images[83][0]
+    assert torch.equal(stored, store.batch([store.ids.index(pool.added[-1])])[0])
+    record = classify.train_cell(run, "densenet_small", "10k", True)
     model = classify.load_cell(run, "densenet_small-10k-plain-s0")
     right = classify.predict(model, store).argmax(1) == store.labels
-    assert set(kept) == {name for name, ok in zip(store.ids, right) if ok and name in wanted}
+    kept = {name for name, ok in zip(store.ids, right) if ok and name in wanted}
+    assert set(record["synthetic"]) == kept and record["drawn"] == 14 and record["n_synthetic"] == len(kept)
     with pytest.raises(ConfigError, match="baseline"):
-        classify.open_pool(run, "densenet_small", "baseline", True, 0)
+        classify.cell_pool(run, CellKey("densenet_small", "baseline", True, 0))
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path, monkeypatch):
@@ -212,24 +219,30 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path, monkeypat
 
 
 CHILD = """
-import os, signal, sys
+import functools, os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from dermgan import classify
 from dermgan.core import read_run
-from dermgan.classify import Fit
-real, saves = classify.save_fit, []
-def save(path, fit, facts):
-    real(path, fit, facts)
-    saves.append(1)
-    if len(saves) == int(sys.argv[2]):
-        assert fit.step not in (0, 5), "not in the middle of an epoch"
-        os.kill(os.getpid(), signal.SIGKILL)
+
+def dying(name, number):
+    real, calls = getattr(classify, name), []
+    @functools.wraps(real)
+    def call(*words):
+        answer = real(*words)
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return answer
+    setattr(classify, name, call)
+
 if __name__ == "__main__":
-    classify.save_fit = save
-    classify.pick_precision = (lambda *_: sys.exit("measured again")) if sys.argv[3] == "resumed" else classify.pick_precision
-    classify.train_cell(read_run(Path(sys.argv[1])), "densenet_small", "10k", save_s=0, workers=int(sys.argv[4]))
+    if sys.argv[2] != "never":
+        dying(sys.argv[2], int(sys.argv[3]))
+    if sys.argv[4] == "resumed":
+        classify.pick_precision = lambda *_: sys.exit("measured again")
+    classify.train_cell(read_run(Path(sys.argv[1])), "densenet_small", "10k", save_s=0, workers=int(sys.argv[5]))
 """
 
 
@@ -241,9 +254,9 @@ def finished(run):
     return (file_sha256(folder / "densenet_small-10k-plain-s0.safetensors"), record, {k: arrays[k].tobytes() for k in arrays.files})
 
 
-def child(folder, run, kill_at, mode, workers):
+def child(folder, run, moment, mode, workers):
     (folder / "child.py").write_text(CHILD)
-    words = [sys.executable, str(folder / "child.py"), str(run.folder), str(kill_at), mode, str(workers)]
+    words = [sys.executable, str(folder / "child.py"), str(run.folder), moment[0], str(moment[1]), mode, str(workers)]
     return subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
 
 
@@ -251,24 +264,34 @@ def child(folder, run, kill_at, mode, workers):
 def straight(tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight")
     run = make_run(folder, precision="bf16")
-    done = child(folder, run, -1, "fresh", 0)
+    done = child(folder, run, ("never", 0), "fresh", 0)
     assert done.returncode == 0, done.stderr[-600:]
     return finished(run)
 
 
-@pytest.mark.parametrize("workers,kills", [(0, (3, 5)), (2, (4,))])
-def test_killed_in_the_middle_of_an_epoch_it_resumes_bit_for_bit(tmp_path, straight, workers, kills):
+MOMENTS = [("train_step", 1),    # before the first checkpoint
+           ("train_step", 3),    # between a step and its checkpoint
+           ("save_fit", 2),      # in the middle of an epoch
+           ("end_epoch", 1),     # after a validation that no checkpoint holds
+           ("save_weights", 1),  # between the weights and the probabilities
+           ("write_atomic", 1)]  # between the probabilities and the record
+
+
+@pytest.mark.parametrize("workers,kills", [(0, MOMENTS), (2, [("save_fit", 4)])], ids=["six times", "with two readers"])
+def test_killed_at_any_moment_it_resumes_bit_for_bit(tmp_path, straight, workers, kills):
     run = make_run(tmp_path, precision="bf16")
-    for k, kill_at in enumerate(kills):
-        killed = child(tmp_path, run, kill_at, "resumed" if k else "fresh", workers)
+    for k, moment in enumerate(kills):
+        killed = child(tmp_path, run, moment, "resumed" if k > 1 else "fresh", workers)
         assert killed.returncode == -signal.SIGKILL, killed.stderr[-600:]
-    last = child(tmp_path, run, -1, "resumed", workers)
+        assert classify.read_cell(run, "densenet_small-10k-plain-s0") is None
+    last = child(tmp_path, run, ("never", 0), "resumed", workers)
     assert last.returncode == 0, last.stderr[-600:]
     assert finished(run) == straight
 
 
 def test_a_checkpoint_of_other_settings_is_refused_by_the_name_of_the_key(run, tmp_path):
-    current = classify.made_by(run, {"arch": "densenet_small", "set": "baseline", "filtered": False, "seed": 0}, [])
+    key = CellKey("densenet_small", "baseline", False, 0)
+    current = classify.made_by(run, key, classify.cell_pool(run, key))
     fit = classify.begin(run, "densenet_small", 7, 0, "fp32")
     path = classify.save_fit(tmp_path / "cell.pt", fit, {"made_by": current | {"cls_lr": 0.5}, "step_seconds": {}})
     with pytest.raises(RunMismatch, match="cls_lr: 0.5 then, 0.001 now"):
@@ -279,20 +302,155 @@ def test_the_precision_is_what_the_profile_says_or_the_faster_of_two(run, monkey
     assert classify.pick_precision(run, "densenet_small", 7) == ("fp32", {})
     auto = dataclasses.replace(run, profile=dataclasses.replace(run.profile, precision="auto"))
     ticks = iter(np.cumsum([0, 5] * 5 + [0, 1] * 5).tolist())
-    monkeypatch.setattr(classify, "time", SimpleNamespace(perf_counter=lambda: next(ticks), monotonic=lambda: 0))
+    monkeypatch.setattr(classify, "time", SimpleNamespace(process_time=lambda: next(ticks), monotonic=lambda: 0, perf_counter=None))
     assert classify.pick_precision(auto, "densenet_small", 7) == ("bf16", {"fp32": 5, "bf16": 1})
+
+
+# --- the grid ---
+
+def test_the_names_of_sets_are_read_in_one_place():
+    assert [parse_set(name).kind for name in ("baseline", "2k", "10k-filter", "steps-6k", "clustered-4k")] == [
+        "baseline", "drawn", "drawn", "steps", "clustered"]
+    for word in ("3k", "baseline-filter", "steps-6k-filter", "wild-6k", "steps-baseline", "6k-steps", "", "-6k"):
+        with pytest.raises(ConfigError, match="unknown") as refusal:
+            parse_set(word)
+        assert len(str(refusal.value).splitlines()) == 3
+    with pytest.raises(ConfigError, match="wild-6k"):
+        read_profile("smoke", {"cls_sets": "baseline, wild-6k"})
+
+
+def test_the_paper_profile_plans_the_papers_grid_and_five_controls():
+    keys = plan_cells(read_profile("paper"))
+    lines = [(a, f) for a, f in (("densenet121", False), ("densenet169", False), ("densenet169", True))]
+    printed = {(a, s, f, 0) for a, f in lines for s in ("baseline", "2k", "4k", "6k", "8k", "10k") if not (f and s == "baseline")}
+    controls = {("densenet169", f"{kind}-6k", False, 0) for kind in ("steps", "duplicates", "classical", "inverted", "random")}
+    assert set(keys) == printed | controls and len(keys) == 22 and keys[0].set == keys[1].set == "baseline"
+    assert all(cell_key(cell_name(*key)) == key for key in keys)
+    seeds = plan_cells(read_profile("paper", {"cls_seeds": "3"}))
+    assert len(seeds) == 66 and {key.seed for key in seeds} == {0, 1, 2}
+
+
+def test_a_cell_that_fails_leaves_its_reason_and_the_rest_is_trained(tmp_path, monkeypatch):
+    run = make_run(tmp_path, cls_sets="baseline, 2k, 2k-filter, 10k", cls_epochs="1")
+    real, keys = torch.nn.functional.cross_entropy, plan_cells(run.profile)
+    monkeypatch.setattr(grid, "train_cell", lambda run, *key: classify.train_cell(run, *key) if key[1] != "2k" else poisoned(run, *key))
+
+    def poisoned(run, *key):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(classify.F, "cross_entropy", lambda *words: real(*words) * float("nan"))
+            return classify.train_cell(run, *key)
+
+    reasons = {(key.set, key.filtered): grid.attempt(run, key) for key in keys}
+    assert reasons["baseline", False] == reasons["10k", False] == ""
+    assert reasons["2k", False].startswith("NotFinite: The loss is nan") and "unfiltered cell failed" in reasons["2k", True]
+    done = grid.open_cells(run)
+    assert [cell.set for cell in done] == ["baseline", "10k"]
+    missing = dict(grid.holes(run))
+    assert missing[CellKey("densenet_small", "2k", False, 0)] == reasons["2k", False]
+    assert missing[CellKey("densenet169", "6k", True, None)] == missing[CellKey("densenet_small", "8k", False, None)] == "not run in this profile"
+    assert missing[CellKey("densenet_small", "steps-6k", False, None)] == "not run in this profile"
+    assert not any(key.set in ("baseline", "10k") and key.arch == "densenet_small" and not key.filtered for key in missing)
+    notes = failed_cells(run)
+    assert len(notes) == 2 and all(note["again"] for note in notes.values())
+    assert set(forget_incomplete(run)) == set(notes) and failed_cells(run) == {}
+    assert dict(grid.holes(run))[keys[1]] == "not finished"
+
+
+def test_a_finished_cell_opens_with_all_that_the_statistics_need(run):
+    classify.train_cell(run, "densenet_small")
+    cell = grid.open_cells(run)[0]
+    assert cell[:5] == ("densenet_small-baseline-plain-s0", "densenet_small", "baseline", False, 0)
+    for split in ("val", "holdout", "test"):
+        images = open_images(run, split)
+        assert cell.ids[split] == images.ids and cell.lesions[split] == images.lesion_ids
+        assert cell.labels[split].tolist() == images.labels.tolist() and cell.probabilities[split].shape == (14, 7)
+    assert len(cell.history["loss"]) == len(cell.history["balanced_accuracy"]) and cell.record["draws"] == 70
+
+
+def test_a_result_of_other_settings_is_a_hole_and_not_read(tmp_path):
+    run = make_run(tmp_path, cls_sets="baseline", cls_epochs="1")
+    key = plan_cells(run.profile)[0]
+    assert grid.attempt(run, key) == "" and len(grid.open_cells(run)) == 1
+    changed = dataclasses.replace(run, profile=dataclasses.replace(run.profile, cls_cutout=0.5))
+    assert grid.attempt(changed, key).startswith("RunMismatch") and grid.open_cells(changed) == []
+
+
+@pytest.mark.parametrize("labels,word", [([7] * 3, "none of the 7 classes"), ([-1], "none of the 7 classes")])
+def test_a_label_that_is_no_class_is_refused(tmp_path, labels, word):
+    run = make_run(tmp_path)
+    given = [*labels, *(k % 7 for k in range(70 - len(labels)))]
+    pack_images(run.path("lmdb", "train"), pictures([0] * 70, 1), [f"train{k}" for k in range(70)], given,
+                [f"train-l{k // 2}" for k in range(70)], CLASSES, 32)
+    with pytest.raises(DataRefused, match=word) as refusal:
+        classify.train_cell(run, "densenet_small")
+    assert len(str(refusal.value).splitlines()) == 3
+    assert grid.attempt(run, CellKey("densenet_small", "baseline", False, 0)).startswith("DataRefused")
+    assert not any(note["again"] for note in failed_cells(run).values())
+
+
+def test_a_class_with_fewer_images_than_parts_is_refused_by_name(tmp_path):
+    run = make_run(tmp_path)
+    labels = [k % 6 for k in range(14)]
+    pack_images(run.path("lmdb", "val"), pictures(labels, 2), [f"val{k}" for k in range(14)], labels,
+                [f"val-l{k}" for k in range(14)], CLASSES, 32)
+    with pytest.raises(DataRefused, match="VASC has 10 training and 0 validation images") as refusal:
+        classify.train_cell(run, "densenet_small")
+    assert len(str(refusal.value).splitlines()) == 3 and "at least three" in str(refusal.value)
+
+
+def test_a_filtered_set_of_which_nothing_is_left_is_a_hole(tmp_path, monkeypatch):
+    run = make_run(tmp_path, cls_sets="baseline, 2k, 2k-filter", cls_epochs="1")
+    monkeypatch.setattr(classify, "misclassified", lambda run, key: set(allot.draw_set(run, key.set, 70)))
+    assert grid.attempt(run, CellKey("densenet_small", "2k", False, 0)) == ""
+    reason = grid.attempt(run, CellKey("densenet_small", "2k", True, 0))
+    assert reason.startswith("DataRefused: SA-2k has no synthetic image.\nAll drawn images are dropped.")
+
+
+def test_the_order_of_cells_changes_nothing(tmp_path):
+    results = []
+    for k, order in enumerate((1, -1)):
+        run = make_run(tmp_path / str(k), cls_sets="baseline, 2k, 2k-filter, duplicates-10k", cls_epochs="1")
+        assert all(grid.attempt(run, key) == "" for key in plan_cells(run.profile)[::order])
+        results.append({cell.name: (cell.record["synthetic"], cell.probabilities["test"].tobytes()) for cell in grid.open_cells(run)})
+    assert len(results[0]) == 4 and results[0] == results[1]
+
+
+def test_all_cells_of_an_architecture_share_one_precision(tmp_path, monkeypatch):
+    run, measured = make_run(tmp_path, precision="auto", cls_epochs="1"), []
+    monkeypatch.setattr(classify, "pick_precision", lambda *_: measured.append(1) or ("bf16" if len(measured) == 1 else "fp32", {"bf16": 1}))
+    records = [classify.train_cell(run, "densenet_small", name) for name in ("baseline", "2k")]
+    assert [record["precision"] for record in records] == ["bf16", "bf16"] and len(measured) == 1
+
+
+def test_a_killed_or_failing_process_leaves_a_hole_and_a_good_status(tmp_path):
+    run = make_run(tmp_path, cls_epochs="90", cls_patience="90")
+    name, seen = "densenet_small-baseline-plain-s0", []
+    worker = threading.Thread(target=lambda: seen.append(run_cell(name, run.folder)))
+    worker.start()
+    checkpoint = run.folder / "ckpt" / "classify" / f"{name}.pt"
+    while worker.is_alive() and not checkpoint.exists():
+        time.sleep(0.2)
+    family = [p for p in psutil.Process().children(recursive=True) if "train" in p.cmdline()]
+    family[0].kill()
+    worker.join()
+    assert seen == [0] and failed_cells(run)[name]["again"] and "signal 9" in failed_cells(run)[name]["reason"]
+    assert dict(grid.holes(run))[cell_key(name)].startswith("Its process ended with signal 9")
+    (run.folder / "lmdb" / "train" / "complete").unlink()
+    assert run_cell(name, run.folder) == 0
+    assert failed_cells(run)[name]["reason"].startswith("DataNotReady: The image store train is not complete")
 
 
 # --- the command ---
 
 def test_the_command_says_what_is_allowed(run, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        classify.main(["--run", str(run.folder), "--arch", "resnet50"])
+        grid.main(["--run", str(run.folder), "--arch", "resnet50"])
     assert stop.value.code == 2 and "densenet169" in capsys.readouterr().err
-    assert classify.main(["--run", str(tmp_path), "--arch", "densenet_small"]) == 1
+    assert grid.main(["--run", str(tmp_path), "--arch", "densenet_small"]) == 1
     assert len(capsys.readouterr().err.strip().splitlines()) == 3
-    assert classify.main(["--run", str(run.folder), "--arch", "densenet_small", "--filtered"]) == 2
-    assert classify.main(["--run", str(run.folder), "--arch", "densenet_small", "--set", "baseline"]) == 0
+    assert grid.main(["--run", str(run.folder), "--arch", "densenet_small", "--filtered"]) == 2
+    assert grid.main(["--run", str(run.folder), "--arch", "densenet_small", "--set", "6k-wild"]) == 2
+    assert grid.main(["--run", str(run.folder), "--arch", "densenet_small", "--set", "baseline"]) == 0
     assert "test" in capsys.readouterr().out
 
 

@@ -47,6 +47,17 @@ def test_the_committed_split_is_this_file():
     assert digest == "d85bcb45b6117b884b73d15258611e2bcb2b1547ee8178e5ecb33fba9193fe0d"
 
 
+def test_a_changed_split_file_is_refused(tmp_path):
+    text = resource("splits.csv").read_text()
+    for changed in (text.replace(",train", ",holdout", 1), text + "\n", text.rsplit("\n", 2)[0]):
+        (tmp_path / "splits.csv").write_text(changed)
+        with pytest.raises(DataRefused, match="not the committed split") as refusal:
+            data.load_splits(tmp_path / "splits.csv")
+        assert len(str(refusal.value).splitlines()) == 3
+    (tmp_path / "splits.csv").write_text(text)
+    assert len(data.load_splits(tmp_path / "splits.csv")) == 10015
+
+
 def test_no_lesion_of_the_committed_split_stands_in_two_parts():
     splits = data.load_splits()
     assert list(splits) == ["image_id", "lesion_id", "split"] and splits.image_id.is_unique

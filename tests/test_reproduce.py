@@ -254,15 +254,24 @@ def test_restart_from_a_notebook_keeps_what_stands_before_it(toy):
     assert left == {"profile.json", "ckpt/gan.pt", "nbs/05_gan.ipynb", "logs/05_gan.made"}
 
 
-@pytest.mark.parametrize("stage, left", [("10_augment", {"classify-a-baseline-s0"}), ("11_classify", set()), ("02_phantom", set()),
-                                         ("12_results", {"classify-a-baseline-s0", "classify-a-2k-s0"})])
+@pytest.mark.parametrize("told, count", [("", 0), ("0", 1), ("2,3", 2)])
+def test_the_gpus_of_a_machine_are_counted_without_torch(told, count, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", told)
+    assert stages.gpus() == count
+
+
+CELLS = ("baseline-plain", "2k-plain", "2k-filter", "random-6k-plain", "clustered-6k-plain")
+
+
+@pytest.mark.parametrize("stage, left", [("10_augment", {0}), ("10_controls", {0, 1, 2, 4}), ("11_selection", {0, 1, 2, 3}),
+                                         ("11_classify", set()), ("02_phantom", set()), ("12_results", {0, 1, 2, 3, 4})])
 def test_restart_keeps_the_classifiers_that_do_not_wait(stage, left, tmp_path):
     run = command.resolve_run("smoke", 8, root=tmp_path)
-    for name in ("classify-a-baseline-s0", "classify-a-2k-s0"):
-        run.path("ckpt", f"{name}.json").touch()
-        run.path("logs", f"{name}.made").write_text(f"{run.folder}/ckpt/{name}.json\n")
+    for name in CELLS:
+        run.path("ckpt", "classify", f"a-{name}-s0.json").touch()
+        run.path("logs", f"classify-a-{name}-s0.made").write_text(f"{run.folder}/ckpt/classify/a-{name}-s0.json\n")
     command.restart(run, stage)
-    assert {p.stem for p in run.folder.glob("ckpt/classify-*.json")} == left
+    assert {p.stem for p in run.folder.glob("ckpt/classify/*.json")} == {f"a-{CELLS[k]}-s0" for k in left}
 
 
 @pytest.mark.parametrize("words, again", [
