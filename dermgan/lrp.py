@@ -108,14 +108,14 @@ def fold_right(
     new.bias = frozen(moved if layer.bias is None else layer.bias + moved)
     return threshold, new
 
-# %% ../nbs/13_lrp.ipynb #ae45320f
+# %% ../nbs/13_lrp.ipynb #12c1a5aa
 def check_layers(
     model: nn.Module,  # to be explained
 ) -> None:
-    "Refuse a network that is not torchvision's DenseNet, or holds a layer without a rule. ConfigError names it."
+    "Refuse a network that is no torchvision DenseNet, or holds a layer without a rule. ConfigError names it."
     densenet = import_torchvision().models.densenet
-    known = (densenet.DenseNet, densenet._DenseBlock, densenet._DenseLayer, densenet._Transition, nn.Sequential,
-             nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.Linear)
+    known = (densenet.DenseNet, densenet._DenseBlock, densenet._DenseLayer, densenet._Transition,
+             nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.Linear)
     strange = [f"{name or 'the model'} is {type(part).__name__}" for name, part in model.named_modules()
                if type(part) not in known]
     strange += [f"{name} has no scale, shift or statistics" for name, part in model.named_modules()
@@ -126,7 +126,8 @@ def check_layers(
                           "Give a torchvision DenseNet: dermgan.classify.build.")
     kinds = {p.dtype for p in model.parameters()}
     if not kinds <= {torch.float32, torch.float64}:
-        raise ConfigError("This network cannot be explained.", f"Its weights are {', '.join(map(str, kinds))}.",
+        raise ConfigError("This network cannot be explained.",
+                          f"Its weights are {', '.join(map(str, kinds))}.",
                           "Relevance needs float32 or float64: model.float().")
 
 
@@ -136,8 +137,8 @@ def canonical_parts(
 ) -> list[tuple[nn.Module, str, nn.Module]]:  # parent, name, what stands there in canonical form
     "The folded layers of a DenseNet, and where they belong."
     features, parts = model.features, []
-    parts += [(features, "conv0", fold_left(features.conv0, features.norm0)), (features, "norm0", nn.Identity()),
-              (features, "relu0", nn.ReLU())]
+    parts += [(features, "conv0", fold_left(features.conv0, features.norm0)),
+              (features, "norm0", nn.Identity()), (features, "relu0", nn.ReLU())]
     for block in features.children():
         names = vars(block)["_modules"]
         for layer in names.values() if any(name.startswith("denselayer") for name in names) else ():
@@ -177,7 +178,8 @@ def canonized(
     check_layers(model)
     modes = [(part, part.training, vars(part).get("memory_efficient")) for part in model.modules()]
     with torch.no_grad():
-        swaps = [(parent, name, parent._modules.get(name), new) for parent, name, new in canonical_parts(model, padded)]
+        swaps = [(parent, name, parent._modules.get(name), new)
+                 for parent, name, new in canonical_parts(model, padded)]
     try:
         for parent, name, _, new in swaps:
             parent._modules[name] = new
@@ -199,7 +201,7 @@ def canonized(
             if efficient is not None:
                 part.memory_efficient = efficient
 
-# %% ../nbs/13_lrp.ipynb #1b255d3d
+# %% ../nbs/13_lrp.ipynb #7b8be450
 def composite(
     first: Hook | None = None,  # rule of the first convolution; None: Flat
     convolution: Hook | None = None,  # rule of the others; None: ZPlus
@@ -209,8 +211,9 @@ def composite(
     "EpsilonPlusFlat for a canonized DenseNet, or other rules for a kind of layer."
     hooks = {"first": first or Flat(), "convolution": convolution or ZPlus(), "linear": linear or Epsilon(),
              "average": average or Norm(), "activation": Pass()}
-    kinds = {nn.Conv2d: "convolution", PaddedConv: "convolution", nn.Linear: "linear", nn.AvgPool2d: "average",
-             nn.AdaptiveAvgPool2d: "average", nn.ReLU: "activation", Threshold: "activation"}
+    kinds = {nn.Conv2d: "convolution", PaddedConv: "convolution", nn.Linear: "linear",
+             nn.AvgPool2d: "average", nn.AdaptiveAvgPool2d: "average", nn.ReLU: "activation",
+             Threshold: "activation"}
     kind = lambda name, part: "first" if name == "features.conv0" else kinds.get(type(part))
     return Composite(lambda ctx, name, part: hooks.get(kind(name, part)))
 
@@ -229,7 +232,7 @@ def explained(
         finally:
             rules.remove()
 
-# %% ../nbs/13_lrp.ipynb #85f97f8e
+# %% ../nbs/13_lrp.ipynb #4731a614
 def layer_names(
     model: nn.Module,  # a DenseNet
 ) -> list[str]:  # in the order of the forward pass
@@ -285,7 +288,8 @@ def finite(
     "Refuse relevance that is no number. NotFinite names the images."
     if not torch.isfinite(relevance).all():
         bad = (~torch.isfinite(relevance).flatten(1).all(1)).nonzero().flatten().tolist()
-        raise NotFinite("The relevance is not finite.", f"Images of this batch: {bad[:8]}, of {len(relevance)}.",
+        raise NotFinite("The relevance is not finite.",
+                        f"Images of this batch: {bad[:8]}, of {len(relevance)}.",
                         "Look at the network's weights and at these images for values that are no numbers.")
     return relevance
 

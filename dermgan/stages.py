@@ -14,7 +14,7 @@ from .core import (ConfigError, DataMissing, Profile, Run, code_meaning, read_ru
                           write_text)
 from .report import notebook_cells, stage_logs
 
-# %% ../nbs/17_stages.ipynb #fdccf63b
+# %% ../nbs/17_stages.ipynb #c3007f65
 NEEDS = {
     "00_settings": (),
     "00_core": ("00_settings",),
@@ -49,7 +49,8 @@ NEEDS = {
     "12_labels": ("10_augment", "11_classify"),
     "12_results": ("08_compare", "10_augment", "11_classify"),
     "13_lrp": ("11_classify",),
-    "14_crp": ("12_results", "13_lrp"),
+    "14_references": ("13_lrp",),
+    "14_crp": ("12_results", "14_references"),
     "14_browse": ("14_crp",),
     "15_pcx": ("14_crp",),
     "15_plant": ("13_lrp",),
