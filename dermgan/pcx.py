@@ -224,7 +224,7 @@ def describe(
     parts = [concept_relevance(model, to_float(x), torch.full((len(x),), target), layer) for x in pictures.split(batch)]
     return 100 * relative(torch.cat(parts).double()).numpy()
 
-# %% ../nbs/15_pcx.ipynb #6a83e81d
+# %% ../nbs/15_pcx.ipynb #101806c3
 def draw_matrix(
     pictures: torch.Tensor,  # the prototypes' samples, uint8 [K, 3, H, W]
     frame: pd.DataFrame,  # from `prototypes`
@@ -237,8 +237,8 @@ def draw_matrix(
     import matplotlib
     import matplotlib.pyplot as plt
     shown, (rows, columns) = max(map(len, patches)), values.shape
-    fig, axes = plt.subplots(rows + 1, shown + columns, figsize=(1.2 + 0.82 * shown + 1.0 * columns, 1.0 + 0.85 * (rows + 1)),
-                             width_ratios=[0.85] * shown + [1] * columns, height_ratios=[1.15] + [1] * rows)
+    fig, axes = plt.subplots(rows + 1, shown + columns, figsize=(1.2 + 0.82 * shown + 1.1 * columns, 1.0 + 0.85 * (rows + 1)),
+                             width_ratios=[0.85] * shown + [1.1] * columns, height_ratios=[1.15] + [1] * rows)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
@@ -254,7 +254,9 @@ def draw_matrix(
             ax.set_facecolor(colours(0.5 + 0.45 * number / top))
             ink = "white" if abs(number) > 0.7 * top else "black"
             ax.text(0.5, 0.5, f"{number:+.1f}", ha="center", va="center", transform=ax.transAxes, color=ink, fontsize=9)
-    axes[0, shown // 2].text(0.5, 0, "reference patches", ha="center", fontsize=8, transform=axes[0, shown // 2].transAxes)
+    middle = axes[0, shown // 2].text(0 if shown % 2 == 0 else 0.5, 0, "reference patches", ha="center", fontsize=8,
+                                      transform=axes[0, shown // 2].transAxes)
+    middle.set_in_layout(False)
     fig.suptitle(heading, fontsize=9)
     return fig
 
