@@ -5,7 +5,7 @@ __all__ = ['PLACES', 'STEPS', 'places', 'shares', 'read_masks', 'segments', 'dar
            'summarise', 'silenced', 'chances', 'orders', 'flip_pixels', 'flip_concepts', 'finished_cells',
            'pick_images']
 
-# %% ../nbs/15_distractors.ipynb #99530b5c
+# %% ../nbs/15_distractors.ipynb #58e52b37
 import contextlib, json
 from pathlib import Path
 from typing import Iterator, Sequence
@@ -19,9 +19,9 @@ from .data import find_one
 from .allot import standardise
 from .results import interval, resample
 from .lrp import attribute, tap
-from .crp import DEFAULT, concept_relevance
+from .references import DEFAULT, concept_relevance
 
-# %% ../nbs/15_distractors.ipynb #fcb765c3
+# %% ../nbs/15_distractors.ipynb #0e94e5d4
 PLACES = ("interior", "border", "skin", "corner")
 
 
@@ -37,7 +37,8 @@ def places(
     near = np.zeros_like(lesions)
     for mask, band in zip(lesions, near):
         if mask.any() and not mask.all():
-            band[:] = np.where(mask, ndimage.distance_transform_edt(mask), ndimage.distance_transform_edt(~mask)) <= ring * side
+            inside, outside = (ndimage.distance_transform_edt(part) for part in (mask, ~mask))
+            band[:] = np.maximum(inside, outside) <= ring * side
     return {"lesion": lesions, "interior": lesions & ~near, "border": near, "skin": ~lesions & ~near & ~far,
             "corner": ~lesions & ~near & far}
 
@@ -54,19 +55,20 @@ def shares(
     there = pd.DataFrame({name: mask.any((1, 2)) for name, mask in regions.items()})
     return frame.where(there | frame.columns.isin((*PLACES, "lesion")))
 
-# %% ../nbs/15_distractors.ipynb #beb238a4
+# %% ../nbs/15_distractors.ipynb #57bc480d
 def read_masks(
     folder: Path | None,  # the data folder
     ids: Sequence[str],  # image ids
     image_px: int,  # side
 ) -> np.ndarray:  # bool [N, H, W]
     "Read HAM10000's lesion masks. DataMissing counts those that are not there."
-    first = ids and folder and find_one(Path(folder) / "HAM10000", f"{ids[0]}_segmentation.png", f"{ids[0]}.png")
+    home, name = Path(folder or "nowhere") / "HAM10000", f"{ids[0]}_segmentation.png"
+    first = find_one(home, name) if home.is_dir() else None
     paths = [first.with_name(first.name.replace(ids[0], name)) for name in ids] if first else []
     absent = len(ids) - sum(path.is_file() for path in paths)
     if absent:
         raise DataMissing(f"{absent} of {len(ids)} lesion masks are not there.",
-                          "They are a file of their own beside HAM10000's images: HAM10000_segmentations_lesion_tschandl.zip.",
+                          "They are a file of their own beside HAM10000's images.",
                           "Put them into HAM10000/masks of the data folder: dermgan fetch ham10000_masks.")
     return np.stack([square(read_image(path), image_px)[..., 0] > 127 for path in paths])
 
@@ -108,7 +110,7 @@ def darkness(
                for columns in (slice(size), slice(-size, None))]
     return 1 - np.max(corners, 0)
 
-# %% ../nbs/15_distractors.ipynb #996200c5
+# %% ../nbs/15_distractors.ipynb #f8274de1
 def weighted_means(
     values: np.ndarray,  # [n]; NaN where an image does not count
     weights: np.ndarray,  # how often each image was drawn, [count, n]
@@ -132,7 +134,8 @@ def compare(
     "Shares of every model, and differences to the first, by class and on average over classes."
     weights = np.concatenate([np.ones((1, len(labels)), np.float32), resample(labels, lesions, count, seed)])
     first, rows = next(iter(measured)), []
-    frames = measured | {f"{name} minus {first}": frame - measured[first] for name, frame in list(measured.items())[1:]}
+    others = list(measured)[1:]
+    frames = measured | {f"{name} minus {first}": measured[name] - measured[first] for name in others}
     for name, frame in frames.items():
         for region in frame:
             values, draws = frame[region].to_numpy(), []
@@ -141,10 +144,11 @@ def compare(
                 n = int(np.isfinite(values[own]).sum())
                 if n:
                     draws.append(weighted_means(values[own], weights[:, own]))
-                    rows.append((name, label, region, *summarise(draws[-1]), n, np.nanmean(np.where(np.isfinite(values[own]), area[region][own], np.nan))))
+                    covered = area[region][own & np.isfinite(values)].mean()
+                    rows.append((name, label, region, *summarise(draws[-1]), n, covered))
             if draws:
-                together = np.ma.masked_invalid(draws).mean(0).filled(np.nan)
-                rows.append((name, "average", region, *summarise(together), int(np.isfinite(values).sum()), np.nan))
+                together, n = np.ma.masked_invalid(draws).mean(0), int(np.isfinite(values).sum())
+                rows.append((name, "average", region, *summarise(together.filled(np.nan)), n, np.nan))
     return pd.DataFrame(rows, columns=["model", "class", "region", "value", "low", "high", "n", "area"])
 
 
@@ -155,7 +159,7 @@ def summarise(
     rest = draws[1:][np.isfinite(draws[1:])]
     return (float(draws[0]), *(interval(rest) if 2 * len(rest) > len(draws) else (np.nan, np.nan)))
 
-# %% ../nbs/15_distractors.ipynb #8a901174
+# %% ../nbs/15_distractors.ipynb #08bb27fb
 STEPS = (0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1)
 
 
@@ -166,7 +170,8 @@ def silenced(
     keep: torch.Tensor,  # 1 for a channel that stays, 0 for one that is silent, [N, C]
 ) -> Iterator[torch.nn.Module]:  # the model
     "Set channels to zero for as long as the block lasts."
-    handle = tap(model, layer).register_forward_hook(lambda part, given, made: made * keep[:, :, None, None].to(made))
+    mute = lambda part, given, made: made * keep[:, :, None, None].to(made)
+    handle = tap(model, layer).register_forward_hook(mute)
     try:
         yield model
     finally:
@@ -203,7 +208,8 @@ def flip_pixels(
 ) -> dict[str, np.ndarray]:  # order -> probability at each of STEPS, [N, steps]
     "Replace patches by a blurred copy, the most relevant first."
     side = x.shape[2]
-    heat = torch.cat([attribute(model, part, asked).sum(1) for part, asked in zip(x.split(64), targets.split(64))])
+    parts = zip(x.split(64), targets.split(64))
+    heat = torch.cat([attribute(model, part, asked).sum(1) for part, asked in parts])
     size = side // cells
     scores = torch.nn.functional.avg_pool2d(heat[:, None], size)[:, 0].flatten(1).double().numpy()
     blurred = torch.from_numpy(ndimage.gaussian_filter(x.numpy(), (0, 0, 0.12 * side, 0.12 * side)))
@@ -224,8 +230,8 @@ def flip_concepts(
     layer: str = DEFAULT,  # whose channels are silenced
 ) -> dict[str, np.ndarray]:  # order -> probability at each of STEPS, [N, steps]
     "Silence concepts, the most relevant first."
-    scores = torch.cat([concept_relevance(model, part, asked, layer) for part, asked in zip(x.split(64), targets.split(64))])
-    out = {}
+    parts, out = zip(x.split(64), targets.split(64)), {}
+    scores = torch.cat([concept_relevance(model, part, asked, layer) for part, asked in parts])
     for name, rank in orders(scores.double().numpy(), seed).items():
         curve = []
         for share in STEPS:
@@ -234,7 +240,7 @@ def flip_concepts(
         out[name] = np.stack(curve, 1)
     return out
 
-# %% ../nbs/15_distractors.ipynb #2b8db2af
+# %% ../nbs/15_distractors.ipynb #197f931a
 def finished_cells(
     run: Run,  # with finished cells
 ) -> dict[str, str]:  # title -> name of the cell, the baseline first
@@ -260,4 +266,5 @@ def pick_images(
 ) -> np.ndarray:  # positions, ascending
     "Some images of each class, the same for every network."
     draw = np.random.default_rng(seed)
-    return np.sort(np.concatenate([draw.permutation(np.flatnonzero(labels == k))[:most] for k in np.unique(labels)]))
+    picked = [draw.permutation(np.flatnonzero(labels == k))[:most] for k in np.unique(labels)]
+    return np.sort(np.concatenate(picked))

@@ -5,7 +5,7 @@ __all__ = ['LEAST', 'COMPONENTS', 'Mixture', 'pick_shape', 'check_samples', 'fit
            'stability', 'choose', 'prototypes', 'matrix_rows', 'difference', 'Study', 'correct_samples', 'study',
            'describe', 'draw_matrix', 'draw_on', 'shuffle_pieces', 'outliers', 'novelty_scores', 'novelty_aucs']
 
-# %% ../nbs/15_pcx.ipynb #dc8c4ba3
+# %% ../nbs/15_pcx.ipynb #4fa1d2b6
 import warnings
 from typing import NamedTuple, Sequence
 
@@ -15,9 +15,9 @@ from .core import DataMissing, NotFinite
 from .store import to_float
 from .phantom import PRESENCE, draw_artefacts
 from .results import auc, interval, resample
-from .crp import DEFAULT, concept_relevance, relative
+from .references import DEFAULT, concept_relevance, relative
 
-# %% ../nbs/15_pcx.ipynb #f95e0cf0
+# %% ../nbs/15_pcx.ipynb #08dcb19e
 LEAST = 20  # correctly classified samples below which no mixture is fitted
 COMPONENTS = (2, 3, 4, 5, 6)
 
@@ -76,11 +76,13 @@ def fit(
     (directions, kind), centre = shape or pick_shape(vectors), vectors.mean(0)
     basis = np.linalg.svd(vectors - centre, full_matrices=False)[2][:directions].T
     z = (vectors - centre) @ basis
-    left = ((vectors - centre - z @ basis.T) ** 2).sum() / max(1, len(vectors) * (len(basis) - basis.shape[1]))
-    parts = GaussianMixture(components, covariance_type=kind, n_init=starts, random_state=seed, reg_covar=1e-4)
+    left = ((vectors - centre - z @ basis.T) ** 2).sum()
+    left = max(left / max(1, len(vectors) * (len(basis) - basis.shape[1])), 1e-4)
+    parts = GaussianMixture(components, covariance_type=kind, n_init=starts, random_state=seed,
+                            reg_covar=1e-4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return Mixture(centre, basis, max(left, 1e-4), parts.fit(z))
+        return Mixture(centre, basis, left, parts.fit(z))
 
 
 def log_density(
@@ -91,9 +93,10 @@ def log_density(
     off = vectors - mixture.centre
     z = off @ mixture.basis
     rest, left = ((off - z @ mixture.basis.T) ** 2).sum(1), np.subtract(*mixture.basis.shape)
-    return mixture.parts.score_samples(z) - left / 2 * np.log(2 * np.pi * mixture.noise) - rest / (2 * mixture.noise)
+    noise = left / 2 * np.log(2 * np.pi * mixture.noise) + rest / (2 * mixture.noise)
+    return mixture.parts.score_samples(z) - noise
 
-# %% ../nbs/15_pcx.ipynb #afbf1b27
+# %% ../nbs/15_pcx.ipynb #2e8177f3
 def criterion(
     mixture: Mixture,  # fitted
     vectors: np.ndarray,  # [n, C] that it was fitted to
@@ -135,8 +138,8 @@ def choose(
     shape, seed = pick_shape(vectors), seed % 2**31
     most = max(2, min(max(COMPONENTS), len(vectors) // 10))
     fits = {k: fit(vectors, k, seed, shape) for k in (1, *COMPONENTS) if k <= most}
-    tried = pd.DataFrame({"components": list(fits), "criterion": [criterion(m, vectors) for m in fits.values()],
-                          "stability": np.nan, "chosen": False}).set_index("components")
+    tried = pd.DataFrame({"criterion": [criterion(m, vectors) for m in fits.values()], "stability": np.nan,
+                          "chosen": False}, index=pd.Index(list(fits), name="components"))
     for k in tried.index[1:][np.argsort(tried.criterion.to_numpy()[1:])]:
         tried.loc[k, "stability"] = stability(vectors, k, seed, shape)
         if tried.stability[k] >= least:
@@ -179,7 +182,7 @@ def difference(
     nearest = int(groups(mixture, vector[None])[0])
     return nearest, vector - mixture.means[nearest]
 
-# %% ../nbs/15_pcx.ipynb #151ff624
+# %% ../nbs/15_pcx.ipynb #31821879
 class Study(NamedTuple):
     "The mixture of one class in one classifier."
 
@@ -221,10 +224,11 @@ def describe(
     batch: int = 64,  # images at a time
 ) -> np.ndarray:  # concept shares in per cent, [N, C]
     "Ask a classifier which concepts it uses for a class in new images."
-    parts = [concept_relevance(model, to_float(x), torch.full((len(x),), target), layer) for x in pictures.split(batch)]
+    parts = [concept_relevance(model, to_float(x), torch.full((len(x),), target), layer)
+             for x in pictures.split(batch)]
     return 100 * relative(torch.cat(parts).double()).numpy()
 
-# %% ../nbs/15_pcx.ipynb #101806c3
+# %% ../nbs/15_pcx.ipynb #c000ba0b
 def draw_matrix(
     pictures: torch.Tensor,  # the prototypes' samples, uint8 [K, 3, H, W]
     frame: pd.DataFrame,  # from `prototypes`
@@ -237,7 +241,8 @@ def draw_matrix(
     import matplotlib
     import matplotlib.pyplot as plt
     shown, (rows, columns) = max(map(len, patches)), values.shape
-    fig, axes = plt.subplots(rows + 1, shown + columns, figsize=(1.2 + 0.82 * shown + 1.1 * columns, 1.0 + 0.85 * (rows + 1)),
+    size = (1.2 + 0.82 * shown + 1.1 * columns, 1.0 + 0.85 * (rows + 1))
+    fig, axes = plt.subplots(rows + 1, shown + columns, figsize=size,
                              width_ratios=[0.85] * shown + [1.1] * columns, height_ratios=[1.15] + [1] * rows)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
@@ -253,14 +258,14 @@ def draw_matrix(
         for ax, number in zip(line[shown:], numbers):
             ax.set_facecolor(colours(0.5 + 0.45 * number / top))
             ink = "white" if abs(number) > 0.7 * top else "black"
-            ax.text(0.5, 0.5, f"{number:+.1f}", ha="center", va="center", transform=ax.transAxes, color=ink, fontsize=9)
-    middle = axes[0, shown // 2].text(0 if shown % 2 == 0 else 0.5, 0, "reference patches", ha="center", fontsize=8,
-                                      transform=axes[0, shown // 2].transAxes)
-    middle.set_in_layout(False)
+            ax.text(0.5, 0.5, f"{number:+.1f}", ha="center", va="center", transform=ax.transAxes, color=ink)
+    place = axes[0, shown // 2]
+    place.text(0.5 * (shown % 2), 0, "reference patches", ha="center", fontsize=8,
+               transform=place.transAxes).set_in_layout(False)
     fig.suptitle(heading, fontsize=9)
     return fig
 
-# %% ../nbs/15_pcx.ipynb #dad38e48
+# %% ../nbs/15_pcx.ipynb #06eed7c1
 def draw_on(
     pictures: torch.Tensor,  # uint8 [N, 3, H, W]
     names: Sequence[str],  # artefacts, of `phantom.PRESENCE`
@@ -282,7 +287,8 @@ def shuffle_pieces(
 ) -> torch.Tensor:  # uint8 [N, 3, H, W]
     "Cut each image into sixteen pieces and shuffle them."
     n, _, height, width = pictures.shape
-    pieces = pictures.reshape(n, 3, 4, height // 4, 4, width // 4).permute(0, 2, 4, 1, 3, 5).reshape(n, 16, -1)
+    pieces = pictures.reshape(n, 3, 4, height // 4, 4, width // 4).permute(0, 2, 4, 1, 3, 5)
+    pieces = pieces.reshape(n, 16, -1)
     draw = np.random.default_rng(seed)
     mixed = torch.stack([piece[draw.permutation(16)] for piece in pieces])
     mixed = mixed.reshape(n, 4, 4, 3, height // 4, width // 4).permute(0, 3, 1, 4, 2, 5)
@@ -297,7 +303,7 @@ def outliers(
     return {"ruler and ink": draw_on(pictures, ("ruler", "ink"), seed)[0], "inverted": 255 - pictures,
             "shuffled": shuffle_pieces(pictures, seed)}
 
-# %% ../nbs/15_pcx.ipynb #db2c4f6f
+# %% ../nbs/15_pcx.ipynb #7358c8b8
 def novelty_scores(
     model: torch.nn.Module,  # a classifier
     mixture: Mixture,  # of the class in it
@@ -308,7 +314,7 @@ def novelty_scores(
 ) -> dict[str, np.ndarray]:  # kind -> novelty; "as it was" is the inside itself
     "How strange images of a class are, and planted outliers."
     kinds = {"as it was": inside} | outliers(inside, seed) | {"other diagnosis": outside}
-    return {kind: -log_density(mixture, describe(model, pictures, target)) for kind, pictures in kinds.items()}
+    return {kind: -log_density(mixture, describe(model, shown, target)) for kind, shown in kinds.items()}
 
 
 def novelty_aucs(
@@ -328,6 +334,7 @@ def novelty_aucs(
             continue
         own = drawn[:, len(base):] if kind == "other diagnosis" else drawn[:, :len(base)]
         weights = np.concatenate([drawn[:, :len(base)], own], 1)
-        areas = auc(np.concatenate([base, strange]), np.repeat([False, True], [len(base), len(strange)]), weights)
+        planted = np.repeat([False, True], [len(base), len(strange)])
+        areas = auc(np.concatenate([base, strange]), planted, weights)
         out[kind] = (float(areas[0]), *interval(areas[1:]), len(strange))
     return out

@@ -5,7 +5,7 @@ __all__ = ['ARTEFACT', 'TARGET', 'SHARE', 'PASSES', 'Copy', 'copy_images', 'plan
            'relevances', 'on_mask', 'rank_concepts', 'memberships', 'separate', 'shares', 'Networks', 'how_many',
            'made_by', 'train_pair', 'ask_crp', 'ask_pcx']
 
-# %% ../nbs/15_plant.ipynb #6eb9c4ad
+# %% ../nbs/15_plant.ipynb #0443006c
 from typing import Callable, NamedTuple
 
 import numpy as np, torch
@@ -15,10 +15,11 @@ from .store import Images, store_facts, to_float
 from .allot import augment, batches, standardise
 from .classify import begin, build, train_step
 from .results import auc, interval, resample
-from .crp import DEFAULT, concept_relevance, conditional_heatmaps, relative
+from .references import DEFAULT, concept_relevance, relative
+from .crp import conditional_heatmaps
 from .pcx import Mixture, check_samples, choose, draw_on
 
-# %% ../nbs/15_plant.ipynb #9f454c29
+# %% ../nbs/15_plant.ipynb #5fb7a0a7
 ARTEFACT, TARGET, SHARE = "ruler", "BKL", 0.8
 PASSES = 4  # over the training images, at most
 
@@ -42,7 +43,8 @@ def copy_images(
     there = torch.arange(len(store)) if label is None else (store.labels == label).nonzero().flatten()
     at = there[torch.randperm(len(there), generator=rng(seed, "copy", label))[:count]].sort().values
     images = store.batch(at)
-    return Copy(images, store.labels[at], [store.lesion_ids[i] for i in at], np.zeros((len(at), *images.shape[2:]), bool))
+    lesions, nothing = [store.lesion_ids[i] for i in at], np.zeros((len(at), *images.shape[2:]), bool)
+    return Copy(images, store.labels[at], lesions, nothing)
 
 
 def plant(
@@ -67,17 +69,16 @@ def plant_on_class(
     chance = torch.rand(len(copy.labels), generator=rng(seed, "planted")) < share
     return plant(copy, (chance & (copy.labels == label)).numpy(), seed)
 
-# %% ../nbs/15_plant.ipynb #6f62c678
+# %% ../nbs/15_plant.ipynb #ca0af897
 def call(
     model: torch.nn.Module,  # a classifier
     images: torch.Tensor,  # uint8 [N, 3, H, W]
 ) -> torch.Tensor:  # class indices, [N]
     "What a classifier says."
     device = next(model.eval().parameters()).device
+    ready = lambda x: standardise(to_float(x).to(device)).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        parts = [model(standardise(to_float(x).to(device)).contiguous(memory_format=torch.channels_last)).argmax(1)
-                 for x in images.split(128)]
-    return torch.cat(parts).cpu()
+        return torch.cat([model(ready(x)).argmax(1) for x in images.split(128)]).cpu()
 
 
 def flipped(
@@ -113,14 +114,15 @@ def train(
             break
     return fit.model.cpu().eval(), fit.epoch + 1
 
-# %% ../nbs/15_plant.ipynb #827107f8
+# %% ../nbs/15_plant.ipynb #ec3b456a
 def relevances(
     model: torch.nn.Module,  # a classifier
     images: torch.Tensor,  # uint8 [N, 3, H, W]
     label: int,  # the class asked about
 ) -> np.ndarray:  # in units of the logit, [N, concepts]
     "Concept relevance of images for one class."
-    return torch.cat([concept_relevance(model, to_float(x), torch.full((len(x),), label)) for x in images.split(64)]).double().numpy()
+    parts = [concept_relevance(model, to_float(x), torch.full((len(x),), label)) for x in images.split(64)]
+    return torch.cat(parts).double().numpy()
 
 
 def on_mask(
@@ -180,7 +182,7 @@ def shares(
     "Concept relevance whatever the size of the logit."
     return 100 * relative(torch.from_numpy(relevance)).numpy()
 
-# %% ../nbs/15_plant.ipynb #068f21a0
+# %% ../nbs/15_plant.ipynb #bc7fcd54
 class Networks(NamedTuple):
     "A network that learnt with the artefact planted, and its twin."
 
@@ -200,10 +202,10 @@ def made_by(
     run: Run,  # settings and seed
 ) -> dict:  # JSON values
     "What the pair depends on."
-    images = {split: store_facts(run.folder / "lmdb" / split).get("sha256", "")[:16] for split in ("train", "val")}
-    count, code = how_many(run), code_key(plant_on_class, train, flipped, draw_on, begin, build, train_step, augment, batches)
-    return {"images": count, "px": run.profile.image_px, "seed": run.seed, "stores": images, "code": code,
-            "planted": [ARTEFACT, TARGET, SHARE, PASSES]}
+    stores = {split: store_facts(run.folder / "lmdb" / split)["sha256"][:16] for split in ("train", "val")}
+    code = code_key(plant_on_class, train, flipped, draw_on, begin, build, train_step, augment, batches)
+    return {"images": how_many(run), "px": run.profile.image_px, "seed": run.seed, "stores": stores,
+            "code": code, "planted": [ARTEFACT, TARGET, SHARE, PASSES]}
 
 
 def train_pair(
@@ -234,7 +236,7 @@ def train_pair(
         networks[name] = model.eval()
     return Networks(networks["planted"], networks["twin"], made)
 
-# %% ../nbs/15_plant.ipynb #e298ba61
+# %% ../nbs/15_plant.ipynb #f6eea619
 def ask_crp(
     model: torch.nn.Module,  # a classifier
     training: Copy,  # training images with the artefact on each
@@ -248,10 +250,10 @@ def ask_crp(
     concepts, beyond = rank_concepts(model, training, label)
     found = int(concepts[0])
     loud = relevances(model, training.images, label).mean(0)
-    scores = np.concatenate([relevances(model, images, label)[:, found] for images in (plain.images, marked.images)])
+    scores = np.concatenate([relevances(model, some.images, label)[:, found] for some in (plain, marked)])
     area, low, high = separate(scores, plain.lesions, count, seed)
-    return {"concept": found, "share": float(beyond[0]), "rank": int((loud > loud[found]).sum()) + 1, "area": area,
-            "low": low, "high": high, "n": len(plain.lesions), "scores": scores}
+    return {"concept": found, "share": float(beyond[0]), "rank": int((loud > loud[found]).sum()) + 1,
+            "area": area, "low": low, "high": high, "n": len(plain.lesions), "scores": scores}
 
 
 def ask_pcx(
