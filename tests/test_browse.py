@@ -1,7 +1,8 @@
 """The page of concepts: controls that call what they change, and errors said in a sentence."""
-import torch
 import ipywidgets as w
+import torch
 
+from dermgan.allot import standardise
 from dermgan.browse import Network, concept_html, make_controls, patches_html, ranked, watch, whole_html
 from dermgan.core import DataMissing
 from dermgan.references import DEFAULT, collect, concept_relevance
@@ -21,7 +22,7 @@ def test_an_image_a_class_and_a_concept_become_pictures_with_words(tmp_path, sto
     network = Network(net, collect(tmp_path, net, store, size=3), {2: "<b>"})
     pixels = store.batch([0])[0]
     drawn, target, order = whole_html(network, pixels, "toy 0", ["a", "b", "c"], None)
-    assert target == int(net((to_float(pixels)[None] + 1) / 2).argmax()) or 0 <= target < 3
+    assert target == int(net(standardise(to_float(pixels)[None])).argmax())
     assert drawn.count("<img") == drawn.count("<figcaption") == 2
     heat, patches = concept_html(network, pixels, target, 2, store, 3)
     assert "&lt;b&gt;" in heat and "<b>" not in heat + patches and patches.count("<img") == 3
