@@ -3,9 +3,10 @@
 # %% auto #0
 __all__ = ['LEAST', 'COMPONENTS', 'Mixture', 'pick_shape', 'check_samples', 'fit', 'log_density', 'criterion', 'groups',
            'stability', 'choose', 'prototypes', 'matrix_rows', 'difference', 'Study', 'correct_samples', 'study',
-           'describe', 'draw_matrix', 'draw_on', 'shuffle_pieces', 'outliers', 'novelty_scores', 'novelty_aucs']
+           'describe', 'draw_matrix', 'draw_on', 'shuffle_pieces', 'outliers', 'novelty_scores', 'areas_between',
+           'novelty_aucs']
 
-# %% ../nbs/15_pcx.ipynb #4fa1d2b6
+# %% ../nbs/15_pcx.ipynb #fc92ca35
 import warnings
 from typing import NamedTuple, Sequence
 
@@ -14,7 +15,7 @@ import numpy as np, pandas as pd, torch
 from .core import DataMissing, NotFinite
 from .store import to_float
 from .phantom import PRESENCE, draw_artefacts
-from .results import auc, interval, resample
+from .results import interval, resample
 from .references import DEFAULT, concept_relevance, relative
 
 # %% ../nbs/15_pcx.ipynb #08dcb19e
@@ -303,7 +304,7 @@ def outliers(
     return {"ruler and ink": draw_on(pictures, ("ruler", "ink"), seed)[0], "inverted": 255 - pictures,
             "shuffled": shuffle_pieces(pictures, seed)}
 
-# %% ../nbs/15_pcx.ipynb #7358c8b8
+# %% ../nbs/15_pcx.ipynb #36309261
 def novelty_scores(
     model: torch.nn.Module,  # a classifier
     mixture: Mixture,  # of the class in it
@@ -315,6 +316,20 @@ def novelty_scores(
     "How strange images of a class are, and planted outliers."
     kinds = {"as it was": inside} | outliers(inside, seed) | {"other diagnosis": outside}
     return {kind: -log_density(mixture, describe(model, shown, target)) for kind, shown in kinds.items()}
+
+
+def areas_between(
+    low: np.ndarray,  # scores, [N]
+    high: np.ndarray,  # scores that should be larger, [M]
+    lesions: tuple[Sequence[str], Sequence[str]],  # of both
+    weights: tuple[np.ndarray, np.ndarray],  # how often each was drawn, [count, N] and [count, M]
+) -> np.ndarray:  # [count]; NaN where no pair is left
+    "The area under the ROC curve over pairs of different lesions, in each resample."
+    counts = np.asarray(lesions[0])[:, None] != np.asarray(lesions[1])
+    credit = ((high > low[:, None]) + 0.5 * (high == low[:, None])) * counts
+    left, right = (w.astype(float) for w in weights)
+    with np.errstate(invalid="ignore"):
+        return (left @ credit * right).sum(1) / (left @ counts * right).sum(1)
 
 
 def novelty_aucs(
@@ -332,9 +347,8 @@ def novelty_aucs(
     for kind, strange in scores.items():
         if kind == "as it was" or not len(strange) or not len(base):
             continue
-        own = drawn[:, len(base):] if kind == "other diagnosis" else drawn[:, :len(base)]
-        weights = np.concatenate([drawn[:, :len(base)], own], 1)
-        planted = np.repeat([False, True], [len(base), len(strange)])
-        areas = auc(np.concatenate([base, strange]), planted, weights)
+        mine = slice(len(base))
+        own, at = (others, slice(len(base), None)) if kind == "other diagnosis" else (lesions, mine)
+        areas = areas_between(base, strange, (lesions, own), (drawn[:, mine], drawn[:, at]))
         out[kind] = (float(areas[0]), *interval(areas[1:]), len(strange))
     return out

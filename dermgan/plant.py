@@ -5,7 +5,7 @@ __all__ = ['ARTEFACT', 'TARGET', 'SHARE', 'PASSES', 'Copy', 'copy_images', 'plan
            'relevances', 'on_mask', 'rank_concepts', 'memberships', 'separate', 'shares', 'Networks', 'how_many',
            'made_by', 'train_pair', 'ask_crp', 'ask_pcx']
 
-# %% ../nbs/15_plant.ipynb #0443006c
+# %% ../nbs/15_plant.ipynb #bcbbabff
 from typing import Callable, NamedTuple
 
 import numpy as np, torch
@@ -17,7 +17,7 @@ from .classify import begin, build, train_step
 from .results import auc, interval, resample
 from .references import DEFAULT, concept_relevance, relative
 from .crp import conditional_heatmaps
-from .pcx import Mixture, check_samples, choose, draw_on
+from .pcx import Mixture, areas_between, check_samples, choose, draw_on
 
 # %% ../nbs/15_plant.ipynb #5fb7a0a7
 ARTEFACT, TARGET, SHARE = "ruler", "BKL", 0.8
@@ -114,7 +114,7 @@ def train(
             break
     return fit.model.cpu().eval(), fit.epoch + 1
 
-# %% ../nbs/15_plant.ipynb #ec3b456a
+# %% ../nbs/15_plant.ipynb #d9e9b19f
 def relevances(
     model: torch.nn.Module,  # a classifier
     images: torch.Tensor,  # uint8 [N, 3, H, W]
@@ -138,20 +138,20 @@ def on_mask(
 
 def rank_concepts(
     model: torch.nn.Module,  # a classifier
-    marked: Copy,  # images with the artefact on each
+    marked: Copy,  # images with the artefact on each; heatmaps of the first 24
     label: int,  # the class asked about
     most: int = 16,  # concepts whose heatmaps are computed: those of largest relevance
 ) -> tuple[np.ndarray, np.ndarray]:  # concepts and their share on the artefact, largest first
     "Rank concepts by the relevance that they put on the artefact."
     size = np.abs(relevances(model, marked.images, label)).mean(0)
     concepts = np.argsort(-size)[:most]
-    maps = [conditional_heatmaps(model, to_float(x), torch.full((len(x),), label), DEFAULT, concepts.tolist())
-            for x in marked.images.split(24)]
-    share = on_mask(torch.cat(maps), marked.masks)
+    x, masks = to_float(marked.images[:24]), marked.masks[:24]
+    maps = conditional_heatmaps(model, x, torch.full((len(x),), label), DEFAULT, concepts.tolist())
+    share = on_mask(maps, masks)
     order = np.argsort(-share, kind="stable")
     return concepts[order], share[order]
 
-# %% ../nbs/15_plant.ipynb #13e04971
+# %% ../nbs/15_plant.ipynb #ca5893a1
 def memberships(
     mixture: Mixture,  # fitted
     vectors: np.ndarray,  # concept shares in per cent, [N, C]
@@ -169,10 +169,10 @@ def separate(
     count: int,  # resamples
     seed: int,  # of the draw
 ) -> tuple[float, float, float]:  # area under the curve, low, high
-    "Does a score tell with from without? An image and its marked copy are resampled together."
+    "Does a score tell with from without? Copies are resampled together, and compared across lesions."
     n = len(lesions)
     weights = np.concatenate([np.ones((1, n), np.float32), resample(np.zeros(n, int), lesions, count, seed)])
-    areas = auc(scores, np.arange(2 * n) >= n, np.concatenate([weights, weights], 1))
+    areas = areas_between(scores[:n], scores[n:], (lesions, lesions), (weights, weights))
     return (float(areas[0]), *interval(areas[1:]))
 
 
@@ -236,24 +236,27 @@ def train_pair(
         networks[name] = model.eval()
     return Networks(networks["planted"], networks["twin"], made)
 
-# %% ../nbs/15_plant.ipynb #f6eea619
+# %% ../nbs/15_plant.ipynb #513448ec
 def ask_crp(
     model: torch.nn.Module,  # a classifier
-    training: Copy,  # training images with the artefact on each
-    plain: Copy,  # hold-out images
-    marked: Copy,  # the same with the artefact on each
+    training: tuple[Copy, Copy],  # training images of the class without and with the artefact
+    held: tuple[Copy, Copy],  # hold-out images without and with
     label: int,  # the class asked about
     count: int,  # resamples
     seed: int,  # of the draw
-) -> dict:  # concept, share, rank, area, low, high, n, scores
+) -> dict:  # concept, share, rank, area, low, high, n, scores; best: the same by detection
     "Find a concept by the artefact's mask on training images, and detect the artefact with it on others."
-    concepts, beyond = rank_concepts(model, training, label)
-    found = int(concepts[0])
-    loud = relevances(model, training.images, label).mean(0)
-    scores = np.concatenate([relevances(model, some.images, label)[:, found] for some in (plain, marked)])
-    area, low, high = separate(scores, plain.lesions, count, seed)
+    concepts, beyond = rank_concepts(model, training[1], label)
+    found, lesions = int(concepts[0]), held[0].lesions
+    ask = lambda pair: np.concatenate([relevances(model, some.images, label) for some in pair])
+    seen, scores = ask(training), ask(held)
+    loud = seen[len(seen) // 2:].mean(0)
+    area, low, high = separate(scores[:, found], lesions, count, seed)
+    once, with_it = np.ones((1, len(seen)), np.float32), np.arange(len(seen)) >= len(seen) // 2
+    best = int(np.argmax([auc(column, with_it, once)[0] for column in seen.T]))
     return {"concept": found, "share": float(beyond[0]), "rank": int((loud > loud[found]).sum()) + 1,
-            "area": area, "low": low, "high": high, "n": len(plain.lesions), "scores": scores}
+            "area": area, "low": low, "high": high, "n": len(lesions), "scores": scores[:, found],
+            "best": (best, *separate(scores[:, best], lesions, count, seed))}
 
 
 def ask_pcx(

@@ -107,7 +107,9 @@ def test_novelty_areas_against_sklearn():
     draw = np.random.default_rng(1)
     scores = {"as it was": draw.normal(size=30).round(1), "inverted": draw.normal(1, 1, 30).round(1), "other diagnosis": draw.normal(size=12)}
     areas = pcx.novelty_aucs(scores, [f"a{i // 2}" for i in range(30)], [f"b{i}" for i in range(12)], 300, 0)
+    base = scores["as it was"]
     for kind, (area, low, high, n) in areas.items():
-        truth = np.repeat([0, 1], [30, n])
-        assert np.isclose(area, roc_auc_score(truth, np.r_[scores["as it was"], scores[kind]])) and low < area < high
+        pairs = [(b > a) + (a == b) / 2 for i, a in enumerate(base) for j, b in enumerate(scores[kind]) if n == 12 or i // 2 != j // 2]
+        assert np.isclose(area, np.mean(pairs)) and low < area < high
+    assert np.isclose(areas["other diagnosis"][0], roc_auc_score(np.repeat([0, 1], [30, 12]), np.r_[base, scores["other diagnosis"]]))
     assert pcx.novelty_aucs(scores | {"other diagnosis": np.empty(0)}, ["a"] * 30, [], 10, 0).keys() == {"inverted"}

@@ -14,7 +14,9 @@ from dermgan.store import pack_images
 def noise(n, px=32, classes=3, seed=0):
     draw = torch.Generator().manual_seed(seed)
     images = torch.randint(140, 200, (n, 3, px, px), generator=draw).to(torch.uint8)
-    return plant.Copy(images, torch.arange(n) % classes, [f"l{i // 2}" for i in range(n)], np.zeros((n, px, px), bool))
+    labels = torch.arange(n) % classes
+    images[torch.arange(n), labels] += 25
+    return plant.Copy(images, labels, [f"l{i // 2}" for i in range(n)], np.zeros((n, px, px), bool))
 
 
 def test_only_the_class_is_marked_and_the_masks_are_the_marks():
@@ -30,7 +32,7 @@ def test_only_the_class_is_marked_and_the_masks_are_the_marks():
 
 def test_a_shortcut_is_learnt_and_its_twin_does_not_have_it(tmp_path):
     run = resolve_run("smoke", 0, root=tmp_path)
-    copy, probe = noise(150), noise(48, seed=1)
+    copy, probe = noise(120), noise(48, seed=1)
     every = lambda c: plant.plant(c, np.ones(len(c.labels), bool), 3, "ink")
     ink = plant.plant(copy, (copy.labels == 1).numpy(), 5, "ink")
     found = {}
@@ -38,7 +40,7 @@ def test_a_shortcut_is_learnt_and_its_twin_does_not_have_it(tmp_path):
         model, passes = plant.train(run, data, 4, 11, lambda model, made: False)
         assert passes == 4 and not model.training
         found[name] = plant.flipped(model, probe, every(probe), 1), model
-    assert found["planted"][0] > 0.6 and found["twin"][0] < 0.4
+    assert found["planted"][0] > found["twin"][0] + 0.4 and found["twin"][0] < 0.2, found
     few = noise(16, seed=2)
     told = plant.ask_crp(found["planted"][1], (few, every(few)), (probe, every(probe)), 1, 100, 0)
     assert told["area"] > 0.9 and told["low"] <= told["area"] <= told["high"] and told["best"][1] >= 0.9
@@ -75,12 +77,12 @@ def test_log_odds_of_components_against_scipy():
 
 def test_separation_is_the_area_under_the_curve_and_its_interval_is_paired():
     draw = np.random.default_rng(4)
-    base = draw.normal(size=80) * 5
-    lesions = [f"l{i // 2}" for i in range(80)]
-    same, moved = np.concatenate([base, base]), np.concatenate([base, base + draw.normal(0.2, 0.1, 80)])
-    assert np.allclose(plant.separate(same, lesions, 100, 0), 0.5)
-    area, low, high = plant.separate(moved, lesions, 400, 0)
-    assert np.isclose(area, roc_auc_score(np.arange(160) >= 80, moved)) and 0.5 < low < area < high < 0.6
+    base, lesions = draw.normal(size=80) * 5, [f"l{i // 2}" for i in range(80)]
+    moved = base + draw.normal(0.2, 0.1, 80)
+    assert np.allclose(plant.separate(np.r_[base, base], lesions, 100, 0), 0.5)
+    area, low, high = plant.separate(np.r_[base, moved], lesions, 400, 0)
+    pairs = [(moved[i] > base[j]) + (moved[i] == base[j]) / 2 for i in range(80) for j in range(80) if lesions[i] != lesions[j]]
+    assert np.isclose(area, np.mean(pairs)) and low < area < high < low + 0.03
 
 
 def test_a_pair_is_read_back_and_one_of_other_data_refused(tmp_path, monkeypatch):
