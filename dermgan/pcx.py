@@ -229,7 +229,7 @@ def describe(
              for x in pictures.split(batch)]
     return 100 * relative(torch.cat(parts).double()).numpy()
 
-# %% ../nbs/15_pcx.ipynb #c000ba0b
+# %% ../nbs/15_pcx.ipynb #9d51ae06
 def draw_matrix(
     pictures: torch.Tensor,  # the prototypes' samples, uint8 [K, 3, H, W]
     frame: pd.DataFrame,  # from `prototypes`
@@ -250,7 +250,7 @@ def draw_matrix(
         ax.spines[:].set_visible(False)
     for ax, picture, row in zip(axes[0, shown:], pictures, frame.itertuples()):
         ax.imshow(picture.permute(1, 2, 0))
-        ax.set_title(f"prototype {row.Index + 1}\ncovers {row.covers} ({row.share:.0%})", fontsize=8)
+        ax.set_title(f"prototype {row.Index + 1}\ncovers {row.covers}\n({row.share:.0%})", fontsize=8)
     top, colours = max(np.abs(values).max(), 1e-9), matplotlib.colormaps["RdBu_r"]
     for line, numbers, word, drawn in zip(axes[1:], values, words, patches):
         line[0].set_ylabel(word, rotation=0, ha="right", va="center", fontsize=8)

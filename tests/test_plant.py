@@ -15,7 +15,6 @@ def noise(n, px=32, classes=3, seed=0):
     draw = torch.Generator().manual_seed(seed)
     images = torch.randint(140, 200, (n, 3, px, px), generator=draw).to(torch.uint8)
     labels = torch.arange(n) % classes
-    images[torch.arange(n), labels] += 25
     return plant.Copy(images, labels, [f"l{i // 2}" for i in range(n)], np.zeros((n, px, px), bool))
 
 
@@ -30,19 +29,15 @@ def test_only_the_class_is_marked_and_the_masks_are_the_marks():
     assert (marked.masks.any((1, 2)) == touched).all() and changed[marked.masks].all()
 
 
-def test_a_shortcut_is_learnt_and_its_twin_does_not_have_it(tmp_path):
+def test_a_shortcut_is_learnt_and_found(tmp_path):
     run = resolve_run("smoke", 0, root=tmp_path)
-    copy, probe = noise(120), noise(48, seed=1)
+    copy, probe, few = noise(120), noise(48, seed=1), noise(12, seed=2)
     every = lambda c: plant.plant(c, np.ones(len(c.labels), bool), 3, "ink")
     ink = plant.plant(copy, (copy.labels == 1).numpy(), 5, "ink")
-    found = {}
-    for name, data in (("planted", ink), ("twin", copy)):
-        model, passes = plant.train(run, data, 4, 11, lambda model, made: False)
-        assert passes == 4 and not model.training
-        found[name] = plant.flipped(model, probe, every(probe), 1), model
-    assert found["planted"][0] > found["twin"][0] + 0.4 and found["twin"][0] < 0.2, found
-    few = noise(16, seed=2)
-    told = plant.ask_crp(found["planted"][1], (few, every(few)), (probe, every(probe)), 1, 100, 0)
+    model, passes = plant.train(run, ink, 4, 11, lambda model, made: False)
+    assert passes == 4 and not model.training
+    assert plant.flipped(model, probe, every(probe), 1) > 0.6 and plant.flipped(model, probe, probe, 1) == 0
+    told = plant.ask_crp(model, (few, every(few)), (probe, every(probe)), 1, 100, 0)
     assert told["area"] > 0.9 and told["low"] <= told["area"] <= told["high"] and told["best"][1] >= 0.9
     assert plant.train(run, few, 3, 11, lambda model, made: made == 2)[1] == 2
 
@@ -92,7 +87,6 @@ def test_a_pair_is_read_back_and_one_of_other_data_refused(tmp_path, monkeypatch
         names = [f"{split}{i}" for i in range(42)]
         pack_images(run.path("lmdb", split, "x").parent, list(images.images.permute(0, 2, 3, 1).numpy()), names,
                     images.labels.tolist(), names, ("A", "B", "C"), 32)
-    monkeypatch.setattr(plant, "PASSES", 1)
     pair = plant.train_pair(run, noise(42), noise(12, seed=2), 1)
     files = sorted((run.folder / "ckpt" / "plant").glob("*.safetensors"))
     stamps = [file.stat().st_mtime_ns for file in files]
