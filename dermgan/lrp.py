@@ -18,7 +18,7 @@ from zennit.rules import Epsilon, Flat, Norm, Pass, ZPlus
 from .core import ConfigError, NotFinite, import_torchvision
 from .allot import standardise
 
-# %% ../nbs/13_lrp.ipynb #5928fe20
+# %% ../nbs/13_lrp.ipynb #72937532
 def scale_and_shift(
     norm: nn.BatchNorm2d,  # in evaluation mode
 ) -> tuple[torch.Tensor, torch.Tensor]:  # scale, shift; [C] each
@@ -60,10 +60,13 @@ class Threshold(nn.Module):
         self.register_buffer("shift", shift[:, None, None])
         self.register_buffer("floor", torch.where(scale == 0, 0, -shift / scale)[:, None, None])
 
-    def forward(self, x):
+    def forward(
+        self,
+        x: torch.Tensor,  # [N, C, H, W]
+    ) -> torch.Tensor:  # the same shape
         return torch.where(self.scale * x + self.shift <= 0, self.floor, x)
 
-# %% ../nbs/13_lrp.ipynb #d44c7334
+# %% ../nbs/13_lrp.ipynb #80aa4aef
 class PaddedConv(nn.Module):
     "A padded convolution behind a folded shift: its bias is a map, [C, H, W]."
 
@@ -78,7 +81,10 @@ class PaddedConv(nn.Module):
         self.bias = frozen(conv.weight.new_zeros(conv.out_channels, 0, 0))
         self.register_buffer("constant", constant[None, :, None, None])
 
-    def forward(self, x):
+    def forward(
+        self,
+        x: torch.Tensor,  # what the threshold lets through, [N, I, H, W]
+    ) -> torch.Tensor:  # [N, C, H, W]
         conv = self.conv[0]
         z = F.conv2d(x, self.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
         if self.bias.shape[1:] != z.shape[2:]:
