@@ -14,7 +14,7 @@ from .core import (ConfigError, DataMissing, Profile, Run, code_meaning, read_ru
                           write_text)
 from .report import notebook_cells, stage_logs
 
-# %% ../nbs/17_stages.ipynb #c3007f65
+# %% ../nbs/17_stages.ipynb #f910adb8
 NEEDS = {
     "00_settings": (),
     "00_core": ("00_settings",),
@@ -54,8 +54,8 @@ NEEDS = {
     "14_browse": ("14_crp",),
     "15_pcx": ("14_crp",),
     "15_plant": ("13_lrp",),
-    "15_distractors": ("15_pcx", "15_plant"),
-    "index": ("09_explore", "12_labels", "12_results", "14_browse", "15_distractors"),
+    "15_distractors": ("12_results", "13_lrp"),
+    "index": ("09_explore", "12_labels", "12_results", "14_browse", "15_pcx", "15_plant", "15_distractors"),
     "16_report": ("index",),
     "16_publish": ("16_report",),
     "17_stages": ("16_publish",),
