@@ -137,7 +137,7 @@ def label(
     "A concept's number, and its name where a person gave one."
     return f"concept {concept}" + (f"\n“{names[concept]}”" if concept in names else "")
 
-# %% ../nbs/14_crp.ipynb #f102156b
+# %% ../nbs/14_crp.ipynb #6cee6707
 def cells_to_compare(
     run: Run,  # with finished cells
 ) -> list[str]:  # names of cells: the baseline, and the augmented one where there is any
@@ -163,7 +163,7 @@ def rank_images(
     cells: list[str],  # from `cells_to_compare`
     truth: str = "MEL",  # class of the image, and the augmented network's answer
     wrong: str = "BKL",  # the baseline's answer
-) -> pd.DataFrame:  # split, image_id, index, value (distance), sure, two probabilities a cell; best first
+) -> pd.DataFrame:  # split, image_id, lesion_id, index, value (distance), sure, probabilities; best first
     "Order the evaluation images of a class by their distance from the wanted answers."
     rows = []
     for split in evaluation_splits(run):
@@ -176,8 +176,9 @@ def rank_images(
             gap = sum(p.max() - a for p, a in zip(chances, asked))
             told = {f"{title(run, cell)}, {classes[k]}": p[k]
                     for cell, p in zip(cells, chances) for k in (w, t)}
-            rows.append({"split": split, "image_id": str(tables[0][f"{split}_ids"][i]), "index": int(i),
-                         "value": gap, "sure": sum(asked)} | told)
+            ids = {name: str(tables[0][f"{split}_{name}s"][i]) for name in ("id", "lesion_id")}
+            rows.append({"split": split, "image_id": ids["id"], "lesion_id": ids["lesion_id"],
+                         "index": int(i), "value": gap, "sure": sum(asked)} | told)
     order = {"ascending": [True, False], "kind": "stable", "ignore_index": True}
     return pd.DataFrame(rows).sort_values(["value", "sure"], **order)
 

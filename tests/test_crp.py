@@ -105,12 +105,14 @@ def test_the_rule_takes_the_image_that_meets_it_most_surely_or_the_nearest(tmp_p
     folder = tmp_path / "ckpt" / "classify"
     folder.mkdir(parents=True)
     for name, table in (("b", base), ("a", other)):
-        np.savez(folder / f"{name}.npz", test_probabilities=table, test_labels=labels, test_ids=np.array(list("wxyz")))
+        np.savez(folder / f"{name}.npz", test_probabilities=table, test_labels=labels, test_ids=np.array(list("wxyz")),
+                 test_lesion_ids=np.array(list("llmn")))
     facts = {name: {"classes": classes, "made_by": {"set": s}, "n_synthetic": 5} for name, s in (("b", "baseline"), ("a", "6k"))}
     monkeypatch.setattr(crp, "read_cell", lambda run, cell: facts[cell])
     monkeypatch.setattr(crp, "evaluation_splits", lambda run: ("test",))
     order = rank_images(SimpleNamespace(folder=tmp_path), ["b", "a"])
     assert order.image_id.tolist() == ["x", "w", "y"] and order.value.tolist()[:2] == [0, 0]
     assert order.value[2] == pytest.approx(0.3, abs=1e-6) and order["SA-6k, MEL"].tolist() == pytest.approx([.55, .6, .9], abs=1e-6)
+    assert order.lesion_id.tolist() == ["l", "l", "m"]
     alone = rank_images(SimpleNamespace(folder=tmp_path), ["b"])
     assert isinstance(alone, pd.DataFrame) and alone.image_id.tolist() == ["x", "w", "y"]
