@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'SUMMARY', 'STYLE', 'TITLE', 'table_rows', 'summary', 'number', 'interval', 'measured', 'key_numbers',
-           'set_title', 'summary_text', 'notebook_cells', 'passages', 'stage_logs', 'markdown_html', 'table_html',
-           'label', 'figure_html', 'section_html', 'what_this_is', 'report_html', 'listing', 'environment_of',
-           'readme_table', 'benchmark_table']
+           'explained_numbers', 'set_title', 'summary_text', 'notebook_cells', 'passages', 'stage_logs',
+           'markdown_html', 'table_html', 'label', 'figure_html', 'section_html', 'what_this_is', 'report_html',
+           'listing', 'environment_of', 'readme_table', 'benchmark_table']
 
 # %% ../nbs/16_report.ipynb #f770c328
 import base64, html, json, re
@@ -44,7 +44,7 @@ def summary(
     frame = pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=columns)
     return frame[frame["paper"].notna()] if only_paper else frame
 
-# %% ../nbs/16_report.ipynb #6d248ad1
+# %% ../nbs/16_report.ipynb #b64e74d4
 def number(
     value: float | None,  # a measured number; NaN and None are empty
 ) -> str:  # three significant digits
@@ -89,7 +89,8 @@ def key_numbers(
         name = "LPIPS-random" if pd.isna(printed_mean) else "LPIPS"
         rows.append((f"{name} of {', '.join(lpips['transformation'])}, last three layers, mean",
                      lpips["value"].mean(), None, None, lpips["n"].sum(), printed_mean))
-    for _, row in measured(tables, "table2_balanced_accuracy").iterrows():
+    table2 = measured(tables, "table2_balanced_accuracy")
+    for _, row in table2.drop_duplicates(["architecture", "set", "value"]).iterrows() if len(table2) else ():
         own = row["architecture"] in ("chance", "colour_histogram")
         filtered = bool(row["filtered"]) and row["set"] != "baseline"
         name = row["architecture"] if own else set_title(row["set"] + "-filter" * filtered)
@@ -100,7 +101,24 @@ def key_numbers(
         if row["class"] == "average":
             rows.append((f"mean AUC: {set_title(row['set'])}", *row[list(MEASURED[:4])],
                          paper["auc"].get(row["set"], {}).get("average")))
-    return pd.DataFrame(rows, columns=["what", *MEASURED])
+    return pd.DataFrame(rows + explained_numbers(tables), columns=["what", *MEASURED])
+
+
+def explained_numbers(
+    tables: Path,  # a folder with a run's tables
+) -> list[tuple]:  # what, value, low, high, n, paper
+    "Where the relevance of MEL lies, and whether a planted ruler is found."
+    shares, planted = measured(tables, "table_distractors"), measured(tables, "table_plant")
+    rows = []
+    if len(shares):
+        shown = shares[(shares["class"] == "MEL") & (shares["region"] == "lesion")]
+        shown = shown[shown["model"].str.fullmatch("baseline|SA-[0-9]+k")]
+        rows += [(f"share of MEL's relevance on the lesion: {row['model']}", *row[list(MEASURED[:4])], None)
+                 for _, row in shown.iterrows()]
+    if len(planted):
+        rows += [(f"planted ruler, detection AUC: {row['method']}, {row['network']}", *row[list(MEASURED[:4])],
+                  None) for _, row in planted[planted["metric"] == "detection AUC"].iterrows()]
+    return rows
 
 
 def set_title(

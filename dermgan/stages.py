@@ -14,7 +14,7 @@ from .core import (ConfigError, DataMissing, Run, code_meaning, read_run, resour
 from .settings import cell_key
 from .report import notebook_cells, stage_logs
 
-# %% ../nbs/17_stages.ipynb #2ed1bdca
+# %% ../nbs/17_stages.ipynb #b4c9933d
 NEEDS = {
     "00_settings": (),
     "00_core": ("00_settings",),
@@ -60,7 +60,7 @@ NEEDS = {
     "14_browse": ("14_crp",),
     "15_pcx": ("14_crp",),
     "15_plant": ("13_lrp",),
-    "15_distractors": ("12_results", "13_lrp"),
+    "15_distractors": ("11_grid", "13_lrp"),
     "index": ("09_explore", "12_labels", "12_results", "14_browse", "15_pcx", "15_plant", "15_distractors"),
     "16_report": ("index",),
     "16_publish": ("16_report",),
