@@ -12,6 +12,9 @@ stages = plan()
 grid = cells(run.profile) if "11_classify" in stages else []
 review = top() / "figures" / run.profile.name / "directions.yaml"
 said = file_sha256(review) if review.is_file() else ""   # a saved decision makes 09_review run again
+names = top() / "figures" / run.profile.name / "concepts.yaml"
+named = file_sha256(names) if names.is_file() else ""   # a named concept makes the figures run again
+own_files = {"09_review": said} | dict.fromkeys(("14_crp", "14_browse", "15_pcx"), named)
 cell_file = "ckpt/classify/{0}-{1}-plain-s{2}.json"
 # Narrow networks step faster on one thread than on two (benchmarks/gan_threads.py), and leave the other core to other stages.
 wide = {"05_gan", "07_invert", "07_encode", "08_hypertrain", "08_hyperstyle", "08_compare"}
@@ -35,7 +38,7 @@ for stage in stages:
         name: f"nb_{stage}"
         input: waits_for(stage)
         output: f"nbs/{stage}.ipynb"
-        params: stage=stage, key=notebook_digest(stage) + (said if stage == "09_review" else "")
+        params: stage=stage, key=notebook_digest(stage) + own_files.get(stage, "")
         threads: workflow.cores if stage in whole_machine else 1
         priority: 2 if stage in long else 0
         shell: "exec {python:q} -m dermgan.reproduce notebook {params.stage} --run ."

@@ -14,7 +14,7 @@ from .core import (ConfigError, DataMissing, Profile, Run, code_meaning, read_ru
                           write_text)
 from .report import notebook_cells, stage_logs
 
-# %% ../nbs/17_stages.ipynb #147c39fa
+# %% ../nbs/17_stages.ipynb #f910adb8
 NEEDS = {
     "00_settings": (),
     "00_core": ("00_settings",),
@@ -48,10 +48,14 @@ NEEDS = {
     "11_classify": ("02_phantom",),
     "12_labels": ("10_augment", "11_classify"),
     "12_results": ("08_compare", "10_augment", "11_classify"),
-    "13_lrp": ("12_results",),
-    "14_crp": ("13_lrp",),
+    "13_lrp": ("11_classify",),
+    "14_references": ("13_lrp",),
+    "14_crp": ("12_results", "14_references"),
+    "14_browse": ("14_crp",),
     "15_pcx": ("14_crp",),
-    "index": ("09_explore", "12_labels", "12_results", "15_pcx"),
+    "15_plant": ("13_lrp",),
+    "15_distractors": ("12_results", "13_lrp"),
+    "index": ("09_explore", "12_labels", "12_results", "14_browse", "15_pcx", "15_plant", "15_distractors"),
     "16_report": ("index",),
     "16_publish": ("16_report",),
     "17_stages": ("16_publish",),

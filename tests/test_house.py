@@ -16,7 +16,7 @@ MODULES = sorted(p for p in (TOP / "dermgan").glob("*.py") if p.name not in ("__
 NOTEBOOKS = sorted((TOP / "nbs").glob("*.ipynb"))
 NUMBERED = [p for p in NOTEBOOKS if p.name[0].isdigit()]
 ORDER = ("settings core store fetch data lesion phantom attributes metrics layers formats stylegan2 gan factorize invert trunk encode hypernet hypertrain hyperstyle compare directions review frames panel explore "
-         "allot augment classify labels results lrp crp pcx report publish stages reproduce").split()
+         "allot augment classify labels results lrp references crp browse pcx plant distractors report publish stages reproduce").split()
 BASES = {"Module", "Dataset", "Exception", "NamedTuple", "DermganError", "Function", "Unpickler", "Sampler"}
 NETWORK = {"urllib", "requests", "http", "socket", "ftplib", "httpx", "aiohttp"}
 DRAWS = {"rand", "randn", "randint", "random", "choice", "shuffle", "permutation", "normal", "uniform", "sample"}
