@@ -227,7 +227,7 @@ def screen_rows(
         rows.append((name, limit, float(part.mean()), low, high, len(part), ""))
     return rows
 
-# %% ../nbs/11_selection.ipynb #28ba8a95
+# %% ../nbs/11_selection.ipynb #32ddd3f4
 def write_choices(
     run: Run,  # its sa_images
     frame: pd.DataFrame,  # synthetic.csv with cluster, distance, passed
@@ -256,7 +256,8 @@ def draw_screen(
     fig, axes = plt.subplots(1, many, figsize=(2.5 * many + 0.4, 2.6), squeeze=False)
     for ax, name in zip(axes[0], names):
         part = frame[frame.score == name]
-        edges = np.linspace(*part.value.quantile([0.005, 0.995]) + [-1e-9, 1e-9], 25)
+        ends = part.groupby("kind").value.quantile([0.005, 0.995])
+        edges = np.linspace(min(ends.min(), limits[name]) - 1e-9, max(ends.max(), limits[name]) + 1e-9, 25)
         for kind, ink in (("photographs", "#000000"), ("synthetic", "#D55E00")):
             own = part[part.kind == kind].value.clip(edges[0], edges[-1])
             weights = np.full(len(own), 1 / max(1, len(own)))
