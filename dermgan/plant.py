@@ -181,7 +181,7 @@ def shares(
     "Concept relevance whatever the size of the logit."
     return 100 * relative(torch.from_numpy(relevance)).numpy()
 
-# %% ../nbs/15_plant.ipynb #00c54af0
+# %% ../nbs/15_plant.ipynb #fa9a2ee5
 class Networks(NamedTuple):
     "A network that learnt with the artefact planted, and its twin."
 
@@ -193,8 +193,8 @@ class Networks(NamedTuple):
 def how_much(
     run: Run,  # settings
 ) -> tuple[int, int]:  # training images, passes over them
-    "A hundred images for each epoch of the profile, and a third of the epochs, eight at most."
-    return 100 * run.profile.cls_epochs, max(1, min(8, run.profile.cls_epochs // 3))
+    "A hundred images for each epoch of the profile, and half of the epochs, eight at most."
+    return 100 * run.profile.cls_epochs, max(1, min(8, run.profile.cls_epochs // 2))
 
 
 def made_by(
