@@ -44,7 +44,7 @@ def summary(
     frame = pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=columns)
     return frame[frame["paper"].notna()] if only_paper else frame
 
-# %% ../nbs/16_report.ipynb #b64e74d4
+# %% ../nbs/16_report.ipynb #c0b298f8
 def number(
     value: float | None,  # a measured number; NaN and None are empty
 ) -> str:  # three significant digits
@@ -113,11 +113,12 @@ def explained_numbers(
     if len(shares):
         shown = shares[(shares["class"] == "MEL") & (shares["region"] == "lesion")]
         shown = shown[shown["model"].str.fullmatch("baseline|SA-[0-9]+k")]
-        rows += [(f"share of MEL's relevance on the lesion: {row['model']}", *row[list(MEASURED[:4])], None)
-                 for _, row in shown.iterrows()]
+        what = "share of MEL's relevance on the lesion"
+        rows += [(f"{what}: {row['model']}", *row[list(MEASURED[:4])], None) for _, row in shown.iterrows()]
     if len(planted):
-        rows += [(f"planted ruler, detection AUC: {row['method']}, {row['network']}", *row[list(MEASURED[:4])],
-                  None) for _, row in planted[planted["metric"] == "detection AUC"].iterrows()]
+        found, what = planted[planted["metric"] == "detection AUC"], "planted ruler, detection AUC"
+        rows += [(f"{what}: {row['method']}, {row['network']}", *row[list(MEASURED[:4])], None)
+                 for _, row in found.iterrows()]
     return rows
 
 
