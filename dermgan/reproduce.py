@@ -136,16 +136,16 @@ def planned(
     lines = [f"  {Path(output).stem}: {reasons.get(why.split()[0], why)}" for _, output, why in found]
     return "\n".join(lines) or "  nothing: everything is up to date"
 
-# %% ../nbs/18_reproduce.ipynb #cf8865fe
+# %% ../nbs/18_reproduce.ipynb #aeee0a98
 def reproduce(
     options: argparse.Namespace,  # see `arguments`
     extra: list[str],  # passed to Snakemake as they are
 ) -> int:  # exit code
     "Run, or go on with, a reproduction; print where its results are."
-    run = resolve_run(options.profile, options.seed, settings_of(options.set), options.data, options.weights,
-                      options.published)
     until, begun = stage_name(options.until), time.time()
     again = stage_name(None if options.restart == "all" else options.restart)
+    run = resolve_run(options.profile, options.seed, settings_of(options.set), options.data, options.weights,
+                      options.published)
     for name in plan():
         check_parameters(name)
     with open(run.path(".lock"), "w") as lock:

@@ -190,7 +190,8 @@ def test_a_failed_notebook_is_kept_and_told(toy, reproduce):
     (["--set", "gan_kimg=many"], ["gan_kimg", "float"]), (["--set", "precision=fp8"], ["fp32 | bf16"]),
     (["--set", "image_px"], ["KEY=VALUE"]), (["--until", "99_moon"], ["00_core"]), (["--data", "nowhere"], ["nowhere", "data"])])
 def test_what_is_not_allowed_ends_with_2_and_the_list(words, allowed, capsys):
-    assert command.main(["run", *words]) == 2
+    before = set((TOP / "runs").glob("*"))
+    assert command.main(["run", *words]) == 2 and set((TOP / "runs").glob("*")) == before
     said = capsys.readouterr().err
     assert len(said.strip().splitlines()) == 3 and all(part in said for part in allowed)
 
