@@ -188,7 +188,7 @@ def generated(
     parts = [torch.randn(min(64, count - i), g.z_dim, generator=draw) for i in range(0, count, 64)]
     return torch.cat([to_uint8(g(z, noise="const").float()) for z in parts])
 
-# %% ../nbs/11_audit.ipynb #17c5bd5e
+# %% ../nbs/11_audit.ipynb #e45ee65a
 def draw_distances(
     frame: pd.DataFrame,  # set, space, distance
 ) -> "matplotlib.figure.Figure":  # a panel a space
@@ -228,6 +228,6 @@ def draw_pairs(
             ax.imshow(np.concatenate([image.permute(1, 2, 0), gap, other.permute(1, 2, 0)], 1))
             ax.set_xlabel(f"{distance:.3g}", fontsize=8, labelpad=1)
         line[0].set_ylabel(name, fontsize=9)
-    fig.supxlabel(f"{metric} distance of each image (left) to its nearest training photograph (right)",
-                  fontsize=8)
+    fig.suptitle(f"{metric} distance of each image (left) to its nearest training photograph (right)",
+                 fontsize=8)
     return fig

@@ -394,7 +394,7 @@ def progress(
                      ncols=110, **shape)
     return tqdm(things, leave=False, **(shape if total else {"desc": what}))
 
-# %% ../nbs/00_core.ipynb #96f64a77
+# %% ../nbs/00_core.ipynb #f3b769cf
 def git_state() -> dict[str, str | bool | None]:  # commit and dirty flag; None outside a checkout
     "The commit of the repository, and whether tracked files differ from it."
     top = resource("settings.ini").parent
@@ -416,7 +416,8 @@ def environment() -> dict[str, Any]:  # what a result depends on besides the set
     import torch
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     models = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
-    names = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "lmdb", "lpips", "pillow")
+    names = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "lmdb", "lpips", "pillow", "zennit",
+             "zennit-crp")
     return {"python": platform.python_version(), "system": platform.system(), "machine": platform.machine(),
             "cpu": models[0] if models else platform.processor(), "cores": os.cpu_count(),
             "threads": torch.get_num_threads(), "amx_bf16": torch.cpu._is_amx_tile_supported(),

@@ -231,3 +231,13 @@ def test_readme_is_the_index():
     folder = TOP / "figures" / "readme"
     there = folder.iterdir() if folder.is_dir() else []
     assert {p.name: p.read_bytes() for p in there} == files
+
+
+@pytest.mark.parametrize("kind", ["figure", "table"])
+def test_a_figure_or_table_is_made_by_one_notebook_only(kind):
+    made = [(name, path.stem) for path in NOTEBOOKS for cell in cells(path)
+            for name in re.findall(rf'\b{kind}\(run, "(\w+)"', cell["source"])]
+    makers = {}
+    for name, stem in made:
+        makers.setdefault(name, []).append(stem)
+    assert len(makers) > 20 and {name: stems for name, stems in makers.items() if len(stems) > 1} == {}
