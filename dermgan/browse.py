@@ -118,7 +118,7 @@ def concept_html(
     drawn = reference_patches(net.model, net.references["relmax"], train, DEFAULT, [concept], patches)[0]
     return heatmap_html(relevance, pixels, words), patches_html(drawn, words)
 
-# %% ../nbs/14_browse.ipynb #e5faf4ed
+# %% ../nbs/14_browse.ipynb #cde02673
 class Browser(NamedTuple):
     "A page with its controls and outputs by name."
 
@@ -190,7 +190,7 @@ def browser(
         raise DataMissing("No network has reference samples.", "ckpt/concepts/ holds none.",
                           "Run: ./reproduce.sh --until 14_crp")
     train, splits = open_images(run, "train"), [*evaluation_splits(run), "val", "train"]
-    c = make_controls([(title(run, cell), cell) for cell in cells], splits, list(train.classes))
+    c = make_controls([(title(cell), cell) for cell in cells], splits, list(train.classes))
     out = {name: w.HTML() for name in ("whole", "concept", "patches", "status")}
     network, shown = functools.cache(lambda cell: open_network(run, cell)), {}
 

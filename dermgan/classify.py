@@ -114,7 +114,7 @@ def should_stop(
     "Early stopping: the best score is `patience` epochs old. An equal score is no improvement."
     return bool(scores) and len(scores) - 1 - int(np.argmax(scores)) >= patience
 
-# %% ../nbs/11_classify.ipynb #75988360
+# %% ../nbs/11_classify.ipynb #1a2e0ec5
 @dataclass
 class Fit:
     "Everything that training changes."
@@ -164,15 +164,16 @@ def train_step(
 @torch.no_grad()
 def predict(
     model: nn.Module,  # left in eval mode
-    images: Images,  # to read from
+    images: Images | torch.Tensor,  # a store, or uint8 [N, 3, H, W]
     batch: int = 128,  # images at a time
     places: "Sequence[int] | None" = None,  # n of them; None takes all
 ) -> torch.Tensor:  # class probabilities, float32 [n, K]
     "Classify images in fp32, without augmentation."
     device, parts = next(model.eval().parameters()).device, [torch.empty(0)]
+    read = images.batch if isinstance(images, Images) else lambda part: images[list(part)]
     places = range(len(images)) if places is None else places
     for first in range(0, len(places), batch):
-        x = to_float(images.batch(places[first:first + batch])).to(device)
+        x = to_float(read(places[first:first + batch])).to(device)
         parts.append(model(standardise(x).contiguous(memory_format=torch.channels_last)).softmax(1).cpu())
     return torch.cat(parts)
 

@@ -5,7 +5,7 @@ __all__ = ['hand_down', 'keep_concepts', 'conditional_heatmaps', 'receptive_fiel
            'cells_to_compare', 'title', 'rank_images', 'Explanation', 'reference_patches', 'explain', 'overlay',
            'draw_panel', 'draw_explanations']
 
-# %% ../nbs/14_crp.ipynb #84d3b18a
+# %% ../nbs/14_crp.ipynb #0b93daf9
 from typing import Callable, Iterable, NamedTuple, Sequence
 
 import numpy as np, pandas as pd, torch, yaml
@@ -13,14 +13,14 @@ from crp.concepts import ChannelConcept
 from scipy.ndimage import gaussian_filter
 from zennit.core import Composite
 
-from .core import ConfigError, Run, resource
+from .core import ConfigError, Run, SETS, resource
 from .store import Images, to_float
 from .data import evaluation_splits, open_images
 from .allot import standardise
-from .classify import cell_name, read_cell
+from .settings import CellKey, cell_key, cell_name, set_label
+from .grid import open_cell, read_outcome
 from .lrp import attribute, explained, finite, layer_names, start_relevance, taken
-from .references import (DEFAULT, collect, concept_folder, concept_relevance, model_key, read_references,
-                                relative)
+from .references import DEFAULT, collect, concept_folder, concept_relevance, model_key, relative
 
 # %% ../nbs/14_crp.ipynb #fe0830b5
 def hand_down(
@@ -137,25 +137,23 @@ def label(
     "A concept's number, and its name where a person gave one."
     return f"concept {concept}" + (f"\n“{names[concept]}”" if concept in names else "")
 
-# %% ../nbs/14_crp.ipynb #6cee6707
+# %% ../nbs/14_crp.ipynb #67c25b12
 def cells_to_compare(
     run: Run,  # with finished cells
 ) -> list[str]:  # names of cells: the baseline, and the augmented one where there is any
-    "The baseline and SA-6k, the paper's pair; or the largest set that the profile trains."
-    sets = [name for name in run.profile.cls_sets if name != "baseline"]
-    chosen = ["baseline"] + (["6k"] if "6k" in sets else sets[-1:])
-    return [cell_name(run.profile.cls_archs[-1], name, False, 0) for name in chosen]
+    "The baseline and SA-6k, the paper's pair; or the last synthetic set that was trained to its end."
+    arch = run.profile.cls_archs[-1]
+    keys = [CellKey(arch, name, False, 0) for name in run.profile.cls_sets if name in SETS[1:]]
+    done = [key for key in keys if read_outcome(run, key) == ""]
+    chosen = [key for key in done if key.set == "6k"] or done[-1:]
+    return [cell_name(*key) for key in (CellKey(arch, "baseline", False, 0), *chosen)]
 
 
 def title(
-    run: Run,  # with finished cells
     cell: str,  # from `cells_to_compare`
 ) -> str:  # for a figure
     "How a figure calls a cell."
-    facts = read_cell(run, cell)
-    name = facts["made_by"]["set"]
-    drawn = "" if facts["n_synthetic"] else " (no synthetic image)"
-    return name if name == "baseline" else f"SA-{name}{drawn}"
+    return set_label(*cell_key(cell)[1:3])
 
 
 def rank_images(
@@ -165,19 +163,18 @@ def rank_images(
     wrong: str = "BKL",  # the baseline's answer
 ) -> pd.DataFrame:  # split, image_id, lesion_id, index, value (distance), sure, probabilities; best first
     "Order the evaluation images of a class by their distance from the wanted answers."
-    rows = []
+    rows, opened = [], [open_cell(run, cell_key(cell)) for cell in cells]
+    classes = opened[0].record["classes"]
+    t, w = classes.index(truth), classes.index(wrong)
     for split in evaluation_splits(run):
-        tables = [np.load(run.folder / "ckpt" / "classify" / f"{cell}.npz") for cell in cells]
-        classes = read_cell(run, cells[0])["classes"]
-        t, w = classes.index(truth), classes.index(wrong)
-        for i in np.flatnonzero(tables[0][f"{split}_labels"] == t):
-            chances = [table[f"{split}_probabilities"][i].astype(float) for table in tables]
+        for i in np.flatnonzero(opened[0].labels[split] == t):
+            chances = [one.probabilities[split][i].astype(float) for one in opened]
             asked = [p[k] for p, k in zip(chances, (w, t))]
             gap = sum(p.max() - a for p, a in zip(chances, asked))
-            told = {f"{title(run, cell)}, {classes[k]}": p[k]
+            told = {f"{title(cell)}, {classes[k]}": p[k]
                     for cell, p in zip(cells, chances) for k in (w, t)}
-            ids = {name: str(tables[0][f"{split}_{name}s"][i]) for name in ("id", "lesion_id")}
-            rows.append({"split": split, "image_id": ids["id"], "lesion_id": ids["lesion_id"],
+            rows.append({"split": split, "image_id": opened[0].ids[split][i],
+                         "lesion_id": opened[0].lesions[split][i],
                          "index": int(i), "value": gap, "sure": sum(asked)} | told)
     order = {"ascending": [True, False], "kind": "stable", "ignore_index": True}
     return pd.DataFrame(rows).sort_values(["value", "sure"], **order)

@@ -5,19 +5,21 @@ __all__ = ['PLACES', 'STEPS', 'places', 'shares', 'read_masks', 'segments', 'dar
            'summarise', 'silenced', 'chances', 'orders', 'flip_pixels', 'flip_concepts', 'finished_cells',
            'pick_images']
 
-# %% ../nbs/15_distractors.ipynb #58e52b37
-import contextlib, json
+# %% ../nbs/15_distractors.ipynb #f4598918
+import contextlib
 from pathlib import Path
 from typing import Iterator, Sequence
 
 import numpy as np, pandas as pd, torch
 from scipy import ndimage
 
-from .core import DataMissing, Run, SETS
+from .core import DataMissing, Run
 from .store import read_image, square, to_float
 from .data import find_one
 from .allot import standardise
-from .evidence import interval, resample
+from .evidence import interval, resample, with_data
+from .grid import open_cells
+from .settings import set_label
 from .lrp import attribute, tap
 from .references import DEFAULT, concept_relevance
 
@@ -55,7 +57,7 @@ def shares(
     there = pd.DataFrame({name: mask.any((1, 2)) for name, mask in regions.items()})
     return frame.where(there | frame.columns.isin((*PLACES, "lesion")))
 
-# %% ../nbs/15_distractors.ipynb #57bc480d
+# %% ../nbs/15_distractors.ipynb #b1e82bd4
 def read_masks(
     folder: Path | None,  # the data folder
     ids: Sequence[str],  # image ids
@@ -69,7 +71,7 @@ def read_masks(
     if absent:
         raise DataMissing(f"{absent} of {len(ids)} lesion masks are not there.",
                           "They are a file of their own beside HAM10000's images.",
-                          "Put them into HAM10000/masks of the data folder: dermgan fetch ham10000_masks.")
+                          "Put them into HAM10000/masks of the data: dermgan fetch ham10000_segmentations.")
     return np.stack([square(read_image(path), image_px)[..., 0] > 127 for path in paths])
 
 # %% ../nbs/15_distractors.ipynb #55c28200
@@ -110,7 +112,7 @@ def darkness(
                for columns in (slice(size), slice(-size, None))]
     return 1 - np.max(corners, 0)
 
-# %% ../nbs/15_distractors.ipynb #f8274de1
+# %% ../nbs/15_distractors.ipynb #b1d3d328
 def weighted_means(
     values: np.ndarray,  # [n]; NaN where an image does not count
     weights: np.ndarray,  # how often each image was drawn, [count, n]
@@ -132,7 +134,7 @@ def compare(
     seed: int,  # of the draw
 ) -> pd.DataFrame:  # model, class, region, value, low, high, n, area
     "Shares of every model, and differences to the first, by class and on average over classes."
-    weights = np.concatenate([np.ones((1, len(labels)), np.float32), resample(labels, lesions, count, seed)])
+    weights = with_data(resample(labels, lesions, count, seed))
     first, rows = next(iter(measured)), []
     others = list(measured)[1:]
     frames = measured | {f"{name} minus {first}": measured[name] - measured[first] for name in others}
@@ -240,23 +242,13 @@ def flip_concepts(
         out[name] = np.stack(curve, 1)
     return out
 
-# %% ../nbs/15_distractors.ipynb #197f931a
+# %% ../nbs/15_distractors.ipynb #06f7c0ee
 def finished_cells(
     run: Run,  # with finished cells
 ) -> dict[str, str]:  # title -> name of the cell, the baseline first
-    "The networks that are there to be compared."
-    found = {}
-    for file in sorted(run.folder.glob("ckpt/classify/*.json")):
-        facts = json.loads(file.read_text())
-        made = facts.get("made_by", {})
-        if made.get("arch") != run.profile.cls_archs[-1] or made.get("seed") or "n_synthetic" not in facts:
-            continue
-        if made["set"] != "baseline" and made["set"] in SETS and not facts["n_synthetic"]:
-            continue
-        title = made["set"] if made["set"] == "baseline" or made["set"] not in SETS else f"SA-{made['set']}"
-        found[title + "-filter" * bool(made["filtered"])] = file.stem
-    order = sorted(found, key=lambda title: (title != "baseline", len(title), title))
-    return {title: found[title] for title in order}
+    "The networks that are there to be compared: the last architecture's, of the first seed."
+    own = [c for c in open_cells(run) if c.arch == run.profile.cls_archs[-1] and c.seed == 0]
+    return {set_label(c.set, c.filtered): c.name for c in own}
 
 
 def pick_images(

@@ -414,7 +414,7 @@ def evidence(
     frames["tests"]["p (Holm)"] = family.transform(lambda p: holm(p.to_numpy())) if len(rows["tests"]) else []
     return frames
 
-# %% ../nbs/12_evidence.ipynb #4a719a88
+# %% ../nbs/12_evidence.ipynb #2a7c5bab
 INKS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
@@ -432,10 +432,10 @@ def draw_reliability(
             ink, size = INKS[k % 7], 8 + 90 * part.n / part.n.max()
             ax.plot(part.confidence, part.value, color=ink, lw=1, ls=("-", "--", ":", "-.")[k % 4])
             ax.scatter(part.confidence, part.value, s=size, color=ink, marker="osD^vP*"[k % 7], alpha=0.8,
-                       label=f"{name}: error {part.error.iloc[0]:.3f}", linewidth=0)
-        ax.set(xlabel="chance given to the diagnosis", xlim=(0, 1), ylim=(0, 1), title=split)
+                       label=f"{name}: ECE {part.error.iloc[0]:.3f}", linewidth=0)
+        ax.set(xlabel="predicted probability", xlim=(0, 1), ylim=(0, 1), title=split)
         ax.legend(fontsize=8, loc="upper left", markerscale=0.6)
-    axes[0, 0].set_ylabel("share that was right")
+    axes[0, 0].set_ylabel("share right")
     return fig
 
 

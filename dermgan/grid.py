@@ -4,7 +4,7 @@
 __all__ = ['write_outcome', 'read_outcome', 'attempt', 'CellResult', 'open_cell', 'open_cells', 'study_cells', 'holes',
            'filtered_table', 'wilson', 'cells_table', 'take_gpu', 'main', 'draw_curves']
 
-# %% ../nbs/11_grid.ipynb #fe79398d
+# %% ../nbs/11_grid.ipynb #76cf026d
 import argparse, fcntl, json, os, sys
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,7 @@ import numpy as np, pandas as pd, torch
 
 from .core import (ConfigError, DataRefused, DermganError, Run, SETS, published, read_run,
                           write_text)
-from .settings import CONTROLS, CellKey, cell_name, parse_set, plan_cells
+from .settings import CONTROLS, CellKey, cell_name, parse_set, plan_cells, set_label
 from .classify import SHAPES, read_cell, train_cell
 
 # %% ../nbs/11_grid.ipynb #658826c3
@@ -214,7 +214,7 @@ def main(
 if __name__ == "__main__" and "__file__" in globals():
     sys.exit(main())
 
-# %% ../nbs/11_grid.ipynb #60ce5ab8
+# %% ../nbs/11_grid.ipynb #1301b6a9
 def draw_curves(
     run: Run,  # with finished cells
 ) -> tuple["matplotlib.figure.Figure", pd.DataFrame]:  # a panel a set; a row an epoch of a cell
@@ -234,7 +234,7 @@ def draw_curves(
                 ax.plot(epochs, curve, color="#0072B2" if own else "0.6", lw=1.2, zorder=2 + own)
                 if own:
                     ax.plot(cell.record["best_epoch"] + 1, max(curve), "o", color="#0072B2", ms=4, zorder=4)
-        ax.set_title(f"{line[1]}{'-filter' * line[2]}", fontsize=9)
+        ax.set_title(set_label(*line[1:]), fontsize=9)
         ax.xaxis.get_major_locator().set_params(integer=True)
         if i + across >= len(lines):
             ax.set_xlabel("epoch")

@@ -3,10 +3,10 @@
 # %% auto #0
 __all__ = ['label_flips', 'open_classifier']
 
-# %% ../nbs/12_labels.ipynb #ede3f176
+# %% ../nbs/12_labels.ipynb #8d7c26db
 from typing import Callable
 
-import numpy as np, pandas as pd, torch
+import pandas as pd, torch
 
 from .allot import standardise
 from .classify import build, cell_name

@@ -6,7 +6,7 @@ __all__ = ['LEAST', 'COMPONENTS', 'Mixture', 'pick_shape', 'check_samples', 'fit
            'describe', 'draw_matrix', 'draw_on', 'shuffle_pieces', 'outliers', 'novelty_scores', 'areas_between',
            'novelty_aucs']
 
-# %% ../nbs/15_pcx.ipynb #fc92ca35
+# %% ../nbs/15_pcx.ipynb #268181f3
 import warnings
 from typing import NamedTuple, Sequence
 
@@ -15,8 +15,8 @@ import numpy as np, pandas as pd, torch
 from .core import DataMissing, NotFinite
 from .store import to_float
 from .phantom import PRESENCE, draw_artefacts
-from .evidence import interval, resample
-from .references import DEFAULT, concept_relevance, relative
+from .evidence import interval, resample, with_data
+from .references import DEFAULT, relative, relevances
 
 # %% ../nbs/15_pcx.ipynb #08dcb19e
 LEAST = 20  # correctly classified samples below which no mixture is fitted
@@ -183,7 +183,7 @@ def difference(
     nearest = int(groups(mixture, vector[None])[0])
     return nearest, vector - mixture.means[nearest]
 
-# %% ../nbs/15_pcx.ipynb #31821879
+# %% ../nbs/15_pcx.ipynb #afd9a00a
 class Study(NamedTuple):
     "The mixture of one class in one classifier."
 
@@ -194,7 +194,7 @@ class Study(NamedTuple):
 
 
 def correct_samples(
-    references: dict,  # from `crp.collect` and `crp.read_references`: vectors, logits
+    references: dict,  # from `references.read_references`: vectors, logits
     labels: np.ndarray,  # class indices of the store, [n]
     wanted: int,  # class index
 ) -> tuple[np.ndarray, np.ndarray]:  # positions; concept shares in per cent, [m, C]
@@ -225,9 +225,7 @@ def describe(
     batch: int = 64,  # images at a time
 ) -> np.ndarray:  # concept shares in per cent, [N, C]
     "Ask a classifier which concepts it uses for a class in new images."
-    parts = [concept_relevance(model, to_float(x), torch.full((len(x),), target), layer)
-             for x in pictures.split(batch)]
-    return 100 * relative(torch.cat(parts).double()).numpy()
+    return 100 * relative(torch.from_numpy(relevances(model, pictures, target, layer, batch))).numpy()
 
 # %% ../nbs/15_pcx.ipynb #9d51ae06
 def draw_matrix(
@@ -304,7 +302,7 @@ def outliers(
     return {"ruler and ink": draw_on(pictures, ("ruler", "ink"), seed)[0], "inverted": 255 - pictures,
             "shuffled": shuffle_pieces(pictures, seed)}
 
-# %% ../nbs/15_pcx.ipynb #36309261
+# %% ../nbs/15_pcx.ipynb #3f565a6a
 def novelty_scores(
     model: torch.nn.Module,  # a classifier
     mixture: Mixture,  # of the class in it
@@ -343,7 +341,7 @@ def novelty_aucs(
     base, out = scores["as it was"], {}
     names = np.array([*lesions, *others])
     labels = np.repeat([0, 1], [len(lesions), len(others)])
-    drawn = np.concatenate([np.ones((1, len(names)), np.float32), resample(labels, names, count, seed)])
+    drawn = with_data(resample(labels, names, count, seed))
     for kind, strange in scores.items():
         if kind == "as it was" or not len(strange) or not len(base):
             continue

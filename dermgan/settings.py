@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['CLASSES', 'SETS', 'CONTROLS', 'CHOSEN', 'DermganError', 'ConfigError', 'DataMissing', 'DataRefused', 'DataNotReady',
            'RunMismatch', 'DiskFull', 'NotFinite', 'Profile', 'SetName', 'CellKey', 'parse_set', 'plan_cells',
-           'cell_name', 'cell_key', 'cell_stage', 'resource', 'kind_name', 'typed', 'profile_names', 'read_profile']
+           'cell_name', 'set_label', 'cell_key', 'cell_stage', 'resource', 'kind_name', 'typed', 'profile_names',
+           'read_profile']
 
 # %% ../nbs/00_settings.ipynb #054255d7
 import configparser
@@ -52,7 +53,7 @@ class DiskFull(DermganError):
 class NotFinite(DermganError):
     "A tensor holds NaN or infinity; the last good checkpoint is kept."
 
-# %% ../nbs/00_settings.ipynb #c0010b24
+# %% ../nbs/00_settings.ipynb #3f8880a7
 CLASSES = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
 SETS = ("baseline", "2k", "4k", "6k", "8k", "10k")
 
@@ -89,9 +90,10 @@ class Profile:
     cls_pretrained: Literal["imagenet", "none"]
     cls_batch: int; cls_lr: float; cls_weight_decay: float; cls_dropout: float; cls_cutout: float
     cls_epochs: int; cls_patience: int
+    plant_images: int; plant_passes: int
     bootstrap_n: int
 
-# %% ../nbs/00_settings.ipynb #83489fb6
+# %% ../nbs/00_settings.ipynb #5a8c2fa5
 CONTROLS = ("steps", "duplicates", "classical", "inverted", "random")
 CHOSEN = ("clustered", "screened")
 
@@ -149,6 +151,15 @@ def cell_name(
 ) -> str:  # file name without ending
     "The name of a cell."
     return f"{arch}-{set_name}-{'filter' if filtered else 'plain'}-s{seed}"
+
+
+def set_label(
+    name: str,  # baseline, 6k, duplicates-6k, ...
+    filtered: bool = False,  # without what the unfiltered model misclassifies
+) -> str:  # as the paper prints it, where it does
+    "The printed name of a set."
+    drawn = name in SETS and name != "baseline"
+    return f"SA-{name}{'-filter' * filtered}" if drawn else name
 
 
 def cell_key(

@@ -1,4 +1,5 @@
 """Conditional heatmaps: what adds up, what passes by, what is refused; crops, names, and the rule that picks an image."""
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,8 @@ import torch
 
 from dermgan import crp
 from dermgan.core import ConfigError
-from dermgan.crp import (concept_names, conditional_heatmaps, crop, label, overlay, rank_images, receptive_fields)
+from dermgan.crp import (cells_to_compare, concept_names, conditional_heatmaps, crop, label, overlay, rank_images,
+                         receptive_fields, title)
 from dermgan.lrp import attribute, layer_names, tap
 from dermgan.references import DEFAULT, concept_relevance, model_key
 from test_lrp import hooks, images, tiny
@@ -98,21 +100,43 @@ def test_names_count_only_for_the_network_they_were_given_to(tmp_path, monkeypat
             concept_names(run, net, DEFAULT)
 
 
+def finished(folder, name, table, labels):
+    "A finished cell with its record and probabilities, as 11_classify leaves them."
+    arch, chosen, _, seed = name.split("-")
+    made = {"arch": arch, "set": chosen, "filtered": False, "seed": int(seed[1:])}
+    (folder / f"{name}.json").write_text(json.dumps({"classes": ["MEL", "BKL", "NV"], "made_by": made, "history": {}}))
+    np.savez(folder / f"{name}.npz", test_probabilities=table, test_labels=labels, test_ids=np.array(list("wxyz")),
+             test_lesion_ids=np.array(list("llmn")))
+
+
 def test_the_rule_takes_the_image_that_meets_it_most_surely_or_the_nearest(tmp_path, monkeypatch):
-    classes, labels = ["MEL", "BKL", "NV"], np.array([0, 0, 0, 1])
+    labels = np.array([0, 0, 0, 1])
     base = np.array([[.2, .7, .1], [.1, .8, .1], [.6, .3, .1], [.1, .9, 0]], np.float32)
     other = np.array([[.6, .3, .1], [.55, .3, .15], [.9, .1, 0], [.9, .1, 0]], np.float32)
     folder = tmp_path / "ckpt" / "classify"
     folder.mkdir(parents=True)
-    for name, table in (("b", base), ("a", other)):
-        np.savez(folder / f"{name}.npz", test_probabilities=table, test_labels=labels, test_ids=np.array(list("wxyz")),
-                 test_lesion_ids=np.array(list("llmn")))
-    facts = {name: {"classes": classes, "made_by": {"set": s}, "n_synthetic": 5} for name, s in (("b", "baseline"), ("a", "6k"))}
-    monkeypatch.setattr(crp, "read_cell", lambda run, cell: facts[cell])
+    names = ["net-baseline-plain-s0", "net-6k-plain-s0"]
+    for name, table in zip(names, (base, other)):
+        finished(folder, name, table, labels)
     monkeypatch.setattr(crp, "evaluation_splits", lambda run: ("test",))
-    order = rank_images(SimpleNamespace(folder=tmp_path), ["b", "a"])
+    order = rank_images(SimpleNamespace(folder=tmp_path), names)
     assert order.image_id.tolist() == ["x", "w", "y"] and order.value.tolist()[:2] == [0, 0]
     assert order.value[2] == pytest.approx(0.3, abs=1e-6) and order["SA-6k, MEL"].tolist() == pytest.approx([.55, .6, .9], abs=1e-6)
     assert order.lesion_id.tolist() == ["l", "l", "m"]
-    alone = rank_images(SimpleNamespace(folder=tmp_path), ["b"])
+    alone = rank_images(SimpleNamespace(folder=tmp_path), names[:1])
     assert isinstance(alone, pd.DataFrame) and alone.image_id.tolist() == ["x", "w", "y"]
+
+
+def test_the_pair_is_of_finished_synthetic_sets_and_a_hole_is_no_partner(tmp_path):
+    folder, sets = tmp_path / "ckpt" / "classify", ("baseline", "2k", "6k", "8k", "8k-filter", "duplicates-6k")
+    folder.mkdir(parents=True)
+    run = SimpleNamespace(folder=tmp_path, profile=SimpleNamespace(cls_archs=("big", "net"), cls_sets=sets))
+    outcome = lambda name, reason: (folder / f"net-{name}-plain-s0.outcome").write_text(json.dumps({"reason": reason}))
+    assert cells_to_compare(run) == ["net-baseline-plain-s0"]
+    for name in ("baseline", "2k", "8k", "duplicates-6k"):
+        outcome(name, "")
+    outcome("6k", "DataRefused: no synthetic image")
+    assert cells_to_compare(run) == ["net-baseline-plain-s0", "net-8k-plain-s0"]
+    outcome("6k", "")
+    assert cells_to_compare(run) == ["net-baseline-plain-s0", "net-6k-plain-s0"]
+    assert [title(cell) for cell in cells_to_compare(run)] == ["baseline", "SA-6k"]

@@ -6,6 +6,7 @@ from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
 from dermgan import plant
+from dermgan.classify import predict
 from dermgan.core import RunMismatch, resolve_run
 from dermgan.pcx import choose
 from dermgan.store import pack_images
@@ -94,7 +95,7 @@ def test_a_pair_is_read_back_and_one_of_other_data_refused(tmp_path, monkeypatch
     assert len(files) == 2 and [file.stat().st_mtime_ns for file in files] == stamps
     x = noise(8, seed=3).images
     for name in ("planted", "twin"):
-        assert torch.equal(plant.call(getattr(pair, name), x), plant.call(getattr(again, name), x))
+        assert torch.equal(predict(getattr(pair, name), x), predict(getattr(again, name), x))
     monkeypatch.setattr(plant, "SHARE", 0.5)
     with pytest.raises(RunMismatch):
         plant.train_pair(run, noise(42), noise(12, seed=2), 1)

@@ -14,12 +14,15 @@ from PIL import Image
 
 matplotlib.use("Agg")
 TOP = Path(__file__).resolve().parent.parent
-FIGURES = ["fig1_pipeline", "fig2_samples", "fig4_transformations", "figA1_transformations", "fig5_recall", "fig6_confusion"]
+FIGURES = ["fig1_pipeline", "fig2_samples", "fig4_transformations", "figA1_transformations", "fig5_recall", "fig6_confusion",
+           "fig3_hyperstyle", "fig7_crp", "figB1_crp_mel", "figD1_pcx_baseline", "figD2_pcx_augmented", "fig_distractors", "fig_plant",
+           "fig_faithfulness", "fig_lrp_sanity"]
 TABLES = ["table1_lpips", "table2_balanced_accuracy", "table3_auc", "table_dataset", "table_gan", "table_inversion",
-          "table_inversion_methods", "table_directions"]
+          "table_inversion_methods", "table_directions", "table_controls", "table_distractors", "table_plant"]
 KEYS = {"table1_lpips": ["transformation", "metric"], "table2_balanced_accuracy": ["architecture", "filtered", "set"],
         "table3_auc": ["set", "class"], "table_gan": ["metric"], "table_inversion": ["method", "metric"], "table_inversion_methods": ["method", "metric"],
-        "table_directions": ["direction", "layers", "attribute"], "table_dataset": ["set", "class"]}
+        "table_directions": ["direction", "layers", "attribute"], "table_dataset": ["set", "class"],
+        "table_controls": ["control", "metric"], "table_distractors": ["model", "class", "region"], "table_plant": ["method", "network", "metric"]}
 
 
 @pytest.fixture(scope="session")
