@@ -7,7 +7,7 @@ __all__ = ['GAN_KEYS', 'FREE_KEYS', 'batch_indices', 'flip_and_crop', 'generator
            'require_finite', 'sample', 'sheet', 'tick', 'log', 'resume', 'train_gan', 'open_generator',
            'training_course']
 
-# %% ../nbs/05_gan.ipynb #0d2435fa
+# %% ../nbs/05_gan.ipynb #21022548
 import copy, json, math, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,8 @@ import pandas as pd
 import torch
 from torch.nn import functional as F
 
-from . import layers
+from . import convolution, layers
+from .convolution import plain_form
 from .core import (DataMissing, NotFinite, Profile, Run, check_made_by, code_key, load_state, progress, rng,
                           save_atomic, write_atomic, write_text)
 from .data import Images, open_images, to_float
@@ -56,7 +57,7 @@ def flip_and_crop(
     grid = F.affine_grid(theta.to(images), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
-# %% ../nbs/05_gan.ipynb #51eb3f10
+# %% ../nbs/05_gan.ipynb #5d867323
 def generator_loss(
     fake_logits: torch.Tensor,  # D of generated images, [N, 1]
 ) -> torch.Tensor:  # scalar
@@ -79,7 +80,8 @@ def r1_penalty(
 ) -> torch.Tensor:  # scalar
     "Half gamma times the mean squared gradient norm on real images (Mescheder et al. 2018)."
     reals = reals.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(critic(reals).sum(), reals, create_graph=True)
+    with plain_form():
+        (gradient,) = torch.autograd.grad(critic(reals).sum(), reals, create_graph=True)
     return gamma / 2 * gradient.square().sum((1, 2, 3)).mean()
 
 
@@ -89,7 +91,8 @@ def path_lengths(
     generator: torch.Generator,  # of the random direction
 ) -> torch.Tensor:  # [N]
     "Length of the Jacobian's product with a random image, mean over layers (Karras et al. 2020, eq. 4)."
-    images = synthesis(ws)
+    with plain_form():
+        images = synthesis(ws)
     noise = layers.random_normal(tuple(images.shape), generator, images.device).to(images)
     noise = noise / math.sqrt(images.shape[2] * images.shape[3])
     (gradient,) = torch.autograd.grad((images * noise).sum(), ws, create_graph=True)
@@ -153,7 +156,7 @@ def begin(
     return Training(g, d, ema, lazy_adam(g, p.gan_lr, p.gan_pl_every if p.gan_pl_weight else 0),
                     lazy_adam(d, p.gan_lr, p.gan_r1_every), torch.zeros([], device=device))
 
-# %% ../nbs/05_gan.ipynb #fa59d42a
+# %% ../nbs/05_gan.ipynb #7a82f698
 def apply(
     optimizer: torch.optim.Adam,  # whose parameters move
     losses: "Iterable",  # one scalar per part of the batch; each is backpropagated when drawn
@@ -201,9 +204,9 @@ def train_discriminator(
     def loss(real):
         with torch.no_grad():
             fake = t.g.synthesis(mixed_codes(t.g, len(real), p.gan_mixing, gen), "random", gen)
-        logits = t.d(real)
+        judged, logits = t.d(torch.cat([fake, real])).chunk(2)
         signs.append(logits.detach().sign().mean())
-        return discriminator_loss(t.d(fake), logits) / k
+        return discriminator_loss(judged, logits) / k
     logs = {"loss_d": apply(t.opt_d, (loss(real) for real in reals.chunk(k)))}
     if t.step % p.gan_r1_every == 0:
         logs["r1"] = apply(t.opt_d, (r1_penalty(t.d, real, p.gan_r1_gamma) * p.gan_r1_every / k
@@ -263,7 +266,7 @@ def pick_precision(
         seconds[precision] = min(times[1:])
     return min(seconds, key=seconds.get), seconds
 
-# %% ../nbs/05_gan.ipynb #3501fa1c
+# %% ../nbs/05_gan.ipynb #556e5f60
 GAN_KEYS = ("image_px", "dataset", "store", "phantom_lesions", "z_dim", "w_dim", "channel_base",
             "channel_max", "mapping_layers")
 FREE_KEYS = ("gan_kimg", "gan_fd_images", "gan_tick_kimg")
@@ -275,7 +278,7 @@ def made_by(
     "The settings and the code that a GAN checkpoint depends on; its length and its ticks are not among them."
     settings = {k: v for k, v in vars(run.profile).items()
                 if k in GAN_KEYS or k.startswith("gan_") and k not in FREE_KEYS}
-    code = code_key(layers, Mapping, Block, Synthesis, synthesize, Generator, DBlock, Epilogue, Discriminator,
+    code = code_key(convolution, layers, Mapping, Block, Synthesis, synthesize, Generator, DBlock, Epilogue, Discriminator,
                     batch_indices, flip_and_crop, r1_penalty, path_lengths, mixed_codes, lazy_adam, begin,
                     train_generator, train_discriminator, update_average, train_step)
     return settings | {"seed": run.seed, "code": code}

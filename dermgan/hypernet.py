@@ -4,7 +4,7 @@
 __all__ = ['tuned_layers', 'Offsets', 'Affine', 'norm', 'Basic', 'trunk', 'head', 'HyperNet', 'tuned_conv', 'tuned_layer',
            'synthesize_tuned', 'refinements', 'draw_tuned', 'images_at_once', 'render_tuned', 'refine']
 
-# %% ../nbs/08_hypernet.ipynb #57ac500c
+# %% ../nbs/08_hypernet.ipynb #a0a717c2
 import math
 from typing import Iterator
 
@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .layers import Linear, StyleConv, fir, upsample
+from .convolution import fir, upsample
+from .layers import Linear, StyleConv
 from .stylegan2 import Generator, Synthesis, channels_at, resolutions
 
 # %% ../nbs/08_hypernet.ipynb #cb34c499

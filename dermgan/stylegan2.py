@@ -6,7 +6,7 @@ __all__ = ['normalize_second_moment', 'Mapping', 'channels_at', 'resolutions', '
            'load_generator', 'mean_code', 'make_generator', 'infer_critic', 'load_rosinality', 'save_rosinality',
            'load_nvlabs']
 
-# %% ../nbs/04_stylegan2.ipynb #715ef6e0
+# %% ../nbs/04_stylegan2.ipynb #c162f2b9
 import math, warnings
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from torch import nn
 from .core import load_weights, rng, save_atomic, save_weights
 from .formats import (arrange, read_nvlabs, read_rosinality, refusing, rosinality_critic_names,
                              rosinality_kernels, rosinality_names)
-from .layers import Conv, Linear, StyleConv, ToRGB, activate, minibatch_std, upsample
+from .convolution import upsample
+from .layers import Conv, Linear, StyleConv, ToRGB, activate, minibatch_std
 
 # %% ../nbs/04_stylegan2.ipynb #218ba739
 def normalize_second_moment(

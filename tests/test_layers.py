@@ -7,7 +7,8 @@ import scipy.signal
 import torch
 
 from dermgan import layers
-from dermgan.layers import Conv, Linear, StyleConv, ToRGB, convolve, downsample, fir, minibatch_std, modulated_conv, upsample
+from dermgan.convolution import convolve, downsample, fir, upsample
+from dermgan.layers import Conv, Linear, StyleConv, ToRGB, minibatch_std, modulated_conv
 
 TAPS = np.array([1.0, 3.0, 3.0, 1.0])
 
