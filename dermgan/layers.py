@@ -240,7 +240,7 @@ class ToRGB(nn.Module):
         rgb = torch.bmm(pixels, kernels.mT).to(self.bias.dtype) + self.bias
         return rgb.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
-# %% ../nbs/04_layers.ipynb #601bd9e5
+# %% ../nbs/04_layers.ipynb #1c2cf7c4
 class Conv(nn.Module):
     "Convolution with equalised learning rate, optional halving, bias and activation."
 
@@ -278,7 +278,7 @@ def minibatch_std(
     x: torch.Tensor,  # [N, C, H, W]
     group: int = 4,  # images compared with each other; N must be its multiple, or smaller
 ) -> torch.Tensor:  # [N, C + 1, H, W]
-    "Append the mean deviation of each group of neighbours (Karras et al. 2018). ValueError if N does not divide."
+    "Append the mean deviation of each group (Karras et al. 2018). ValueError if N does not divide."
     n, c, h, w = x.shape
     group = min(group, n)
     if n % group:
