@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 export OMP_WAIT_POLICY=PASSIVE   # threads that spin while waiting slow a shared machine tenfold
+export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1073741824   # glibc keeps a step's memory for the next step
 
 venv=${DERMGAN_VENV:-.venv}
 if [ -z "${DERMGAN_VENV:-}" ]; then

@@ -164,7 +164,7 @@ class Styled(torch.autograd.Function):
         found = styled_gradients(saved, gz, ctx.up, ctx.needs_input_grad)
         return (*found[:5], found[5].sum_to_size(noise.shape), None)
 
-# %% ../nbs/04_layers.ipynb #731cf741
+# %% ../nbs/04_layers.ipynb #e6b56732
 class StyleConv(nn.Module):
     "Modulated 3x3 convolution with noise, bias and activation."
 
@@ -207,14 +207,17 @@ class StyleConv(nn.Module):
 
 def random_normal(
     shape: tuple[int, ...],  # of the tensor
-    generator: torch.Generator | None,  # None is torch's own
+    generator: torch.Generator | list[torch.Generator] | None,  # several: of equal shares; None: torch's own
     device: torch.device,  # where the tensor is wanted
 ) -> torch.Tensor:  # standard normal
-    "Normal noise, drawn where its generator lives and moved to the device."
-    return torch.randn(shape, generator=generator,
-                       device=generator.device if generator else device).to(device)
+    "Normal noise, drawn where its generator lives and moved to the device. RuntimeError for unequal shares."
+    drawing = generator if isinstance(generator, list) else [generator]
+    noise = torch.empty(shape, device=drawing[0].device if drawing[0] else device)
+    for share, one in zip(noise.unflatten(0, (len(drawing), -1)), drawing):
+        share.normal_(generator=one)
+    return noise.to(device)
 
-# %% ../nbs/04_layers.ipynb #4f0fcf55
+# %% ../nbs/04_layers.ipynb #deeb953c
 class ToRGB(nn.Module):
     "Modulated 1x1 convolution to RGB, without demodulation, noise and activation; a kernel per image."
 
