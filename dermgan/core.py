@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['COLORS', 'Run', 'short_key', 'resolve_run', 'read_run', 'open_run', 'write_atomic', 'sync_folder', 'write_text',
            'remove_temporaries', 'save_atomic', 'load_state', 'file_sha256', 'save_weights', 'load_weights',
-           'named_seed', 'rng', 'seed_all', 'code_meaning', 'code_key', 'check_made_by', 'show', 'figure', 'table',
-           'published', 'plain_style', 'progress', 'git_state', 'environment', 'import_torchvision']
+           'named_seed', 'rng', 'seed_all', 'code_meaning', 'code_key', 'notebook_cells', 'check_made_by', 'show',
+           'figure', 'table', 'published', 'plain_style', 'progress', 'git_state', 'environment', 'import_torchvision']
 
 # %% ../nbs/00_core.ipynb #0fc94d9d
 import ast, errno, hashlib, io, json, os, platform, random, subprocess, sys, time
@@ -270,7 +270,7 @@ def seed_all(
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
 
-# %% ../nbs/00_core.ipynb #26201026
+# %% ../nbs/00_core.ipynb #59cb1bf0
 def code_meaning(
     code: str,  # Python source
 ) -> str:  # its syntax tree as text
@@ -294,6 +294,14 @@ def code_key(
     "A digest of what code does."
     import inspect, textwrap
     return short_key([code_meaning(textwrap.dedent(inspect.getsource(thing))) for thing in objects])
+
+
+def notebook_cells(
+    path: Path,  # a notebook
+) -> list[dict]:  # its cells, each source one string
+    "The cells of a notebook."
+    book = json.loads(Path(path).read_text())
+    return [cell | {"source": "".join(cell["source"])} for cell in book["cells"]]
 
 
 def check_made_by(

@@ -4,13 +4,13 @@
 __all__ = ['provenance', 'publish_weights', 'model_card', 'copy_outputs', 'lighter', 'clean_outputs', 'promote', 'readme_text',
            'write_readme']
 
-# %% ../nbs/16_publish.ipynb #34a6ba99
+# %% ../nbs/16_publish.ipynb #7b14d440
 import base64, io, json, os, shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from .core import Run, file_sha256, git_state, load_weights, save_weights, write_text
-from .report import environment_of, notebook_cells, stage_logs
+from .core import Run, file_sha256, git_state, load_weights, notebook_cells, save_weights, write_text
+from .report import environment_of, stage_logs
 
 # %% ../nbs/16_publish.ipynb #ccf86029
 def provenance(

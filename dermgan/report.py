@@ -2,18 +2,18 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'SUMMARY', 'STYLE', 'TITLE', 'table_rows', 'summary', 'number', 'interval', 'measured', 'key_numbers',
-           'explained_numbers', 'set_title', 'summary_text', 'notebook_cells', 'passages', 'stage_logs',
-           'markdown_html', 'table_html', 'label', 'figure_html', 'section_html', 'what_this_is', 'report_html',
-           'listing', 'environment_of', 'readme_table', 'benchmark_table']
+           'explained_numbers', 'set_title', 'summary_text', 'passages', 'stage_logs', 'markdown_html', 'table_html',
+           'label', 'figure_html', 'section_html', 'what_this_is', 'report_html', 'listing', 'environment_of',
+           'readme_table', 'benchmark_table']
 
-# %% ../nbs/16_report.ipynb #f770c328
+# %% ../nbs/16_report.ipynb #4f09d88d
 import base64, html, json, re
 from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 
-from .core import Run, git_state, published, resource
+from .core import Run, git_state, notebook_cells, published, resource
 
 # %% ../nbs/16_report.ipynb #1ce424bc
 MEASURED = ("value", "low", "high", "n", "paper")
@@ -143,15 +143,7 @@ def summary_text(
     report = "report.html" if (run.folder / "report.html").is_file() else ""
     return "\n".join([*([*lines, where] if len(frame) else []), f"Report: runs/{run.folder.name}/{report}"])
 
-# %% ../nbs/16_report.ipynb #386dd0ff
-def notebook_cells(
-    path: Path,  # a notebook
-) -> list[dict]:  # its cells, each source one string
-    "The cells of a notebook."
-    book = json.loads(Path(path).read_text())
-    return [cell | {"source": "".join(cell["source"])} for cell in book["cells"]]
-
-
+# %% ../nbs/16_report.ipynb #f5dbbc6b
 def passages(
     cells: list[dict],  # of a notebook
 ) -> dict[str, str]:  # title, promise, and each `## heading` -> its prose

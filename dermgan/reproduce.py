@@ -3,16 +3,14 @@
 # %% auto #0
 __all__ = ['arguments', 'settings_of', 'stage_name', 'waiting_for', 'restart', 'snakemake', 'planned', 'reproduce', 'say_holes',
            'stopped', 'made_run', 'explore_command', 'merge_command', 'fetch_command', 'train_command', 'run_command',
-           'main']
+           'dispatch', 'main']
 
-# %% ../nbs/18_reproduce.ipynb #eb9618f4
+# %% ../nbs/18_reproduce.ipynb #c1ec860d
 import argparse, fcntl, os, re, shlex, shutil, subprocess, sys, time
 from pathlib import Path
 
 from .core import (ConfigError, DermganError, Run, profile_names, read_run, remove_temporaries,
                           resolve_run)
-from .publish import promote, write_readme
-from .report import summary_text
 from .settings import cell_key, cell_stage
 from .stages import (MARK, check_parameters, end_with_parent, execute, failed_cells, forget_incomplete,
                             gpus, made_files, plan, run_cell, run_environment, run_notebook, top)
@@ -137,7 +135,7 @@ def planned(
     lines = [f"  {Path(output).stem}: {reasons.get(why.split()[0], why)}" for _, output, why in found]
     return "\n".join(lines) or "  nothing: everything is up to date"
 
-# %% ../nbs/18_reproduce.ipynb #aeee0a98
+# %% ../nbs/18_reproduce.ipynb #562f2cda
 def reproduce(
     options: argparse.Namespace,  # see `arguments`
     extra: list[str],  # passed to Snakemake as they are
@@ -166,6 +164,8 @@ def reproduce(
     if options.dry_run and not code:
         print(f"Would run in {run.folder.name}:\n{planned(run, log)}")
     elif not code:
+        from dermgan.publish import promote
+        from dermgan.report import summary_text
         print(f"\n{summary_text(run)}\nDone in {time.time() - begun:.0f} s.")
         if options.promote:
             print(promote(run, top()))
@@ -196,7 +196,7 @@ def stopped(
         print("\n".join(["\nSnakemake stopped:", *log.splitlines()[-12:]]), file=sys.stderr)
     return 1
 
-# %% ../nbs/18_reproduce.ipynb #02e2e23b
+# %% ../nbs/18_reproduce.ipynb #3c332f60
 def made_run(
     words: dict,  # profile, run, published
 ) -> Run:  # the run whose generator is used
@@ -300,42 +300,49 @@ def run_command(
     return code
 
 
+def dispatch(
+    words: list[str],  # the command line
+) -> int:  # exit code
+    "Do what a command line asks for."
+    match words:
+        case ["notebook", name, "--run", folder]:
+            end_with_parent()
+            return run_notebook(name, Path(folder))
+        case ["cell", name, "--run", folder]:
+            end_with_parent()
+            return run_cell(name, Path(folder))
+        case ["train", "gan" as what, folder]:
+            end_with_parent()
+            return train_command(what, Path(folder))
+        case ["train", *rest]:
+            end_with_parent()
+            from dermgan import grid
+            return grid.main(rest)
+        case ["execute", source, target, profile, seed]:
+            return execute(Path(source), Path(target), profile, int(seed)) or 0
+        case ["snakemake", *rest]:
+            end_with_parent()
+            from snakemake.cli import main as snakemake_main
+            return snakemake_main(rest)
+        case ["explore" | "augment", *_]:
+            return explore_command(words)
+        case ["merge", *rest]:
+            return merge_command(rest)
+        case ["fetch", *rest]:
+            return fetch_command(rest)
+        case ["readme"]:
+            from dermgan.publish import write_readme
+            return print(f"Wrote {write_readme(top()).name}") or 0
+        case ["run", *rest] | [*rest]:
+            return run_command(rest)
+
+
 def main(
     words: list[str] | None = None,  # the command line; None takes the process's own
 ) -> int:  # exit code: 2 for what is not allowed, 1 for a stage that failed
     "The command `dermgan`, and what ./reproduce.sh calls."
-    words = sys.argv[1:] if words is None else words
     try:
-        match words:
-            case ["notebook", name, "--run", folder]:
-                end_with_parent()
-                return run_notebook(name, Path(folder))
-            case ["cell", name, "--run", folder]:
-                end_with_parent()
-                return run_cell(name, Path(folder))
-            case ["train", "gan" as what, folder]:
-                end_with_parent()
-                return train_command(what, Path(folder))
-            case ["train", *rest]:
-                end_with_parent()
-                from dermgan import grid
-                return grid.main(rest)
-            case ["execute", source, target, profile, seed]:
-                return execute(Path(source), Path(target), profile, int(seed)) or 0
-            case ["snakemake", *rest]:
-                end_with_parent()
-                from snakemake.cli import main as snakemake_main
-                return snakemake_main(rest)
-            case ["explore" | "augment", *_]:
-                return explore_command(words)
-            case ["merge", *rest]:
-                return merge_command(rest)
-            case ["fetch", *rest]:
-                return fetch_command(rest)
-            case ["readme"]:
-                return print(f"Wrote {write_readme(top()).name}") or 0
-            case ["run", *rest] | [*rest]:
-                return run_command(rest)
+        return dispatch(sys.argv[1:] if words is None else words)
     except DermganError as error:
         print(error, file=sys.stderr)
         return 2

@@ -5,14 +5,13 @@ __all__ = ['NEEDS', 'MARK', 'top', 'plan', 'gpus', 'imported_modules', 'code_dig
            'execute', 'check_parameters', 'end_tree', 'say', 'follow', 'clean_executed', 'failure', 'run_environment',
            'work', 'made_files', 'run_notebook', 'run_cell', 'forget_incomplete', 'failed_cells']
 
-# %% ../nbs/17_stages.ipynb #63d3ac36
+# %% ../nbs/17_stages.ipynb #c5683d88
 import ast, hashlib, json, os, re, signal, subprocess, sys, threading, time
 from pathlib import Path
 
-from .core import (ConfigError, DataMissing, Run, code_meaning, read_run, resource, short_key,
-                          write_text)
+from .core import (ConfigError, DataMissing, Run, code_meaning, notebook_cells, read_run, resource,
+                          short_key, write_text)
 from .settings import cell_key
-from .report import notebook_cells, stage_logs
 
 # %% ../nbs/17_stages.ipynb #e3fd96d8
 NEEDS = {
@@ -140,7 +139,7 @@ def notebook_digest(
     code = [c["source"] for c in notebook_cells(top() / "nbs" / f"{name}.ipynb") if c["cell_type"] == "code"]
     return code_digest("\n".join(code), top() / "dermgan")
 
-# %% ../nbs/17_stages.ipynb #741e2435
+# %% ../nbs/17_stages.ipynb #39a17cb7
 def end_with_parent(
     wait_s: float = 0.5,  # seconds between looks
 ) -> None:
@@ -162,6 +161,7 @@ def execute(
     seed: int,  # parameter
 ) -> None:
     "Run one notebook headless in this process."
+    sys.modules.setdefault("rfc3987_syntax", None)  # its grammar takes a second to build, and is not needed
     import papermill
     end_with_parent()
     papermill.execute_notebook(
