@@ -53,8 +53,8 @@ def report(name: str, value: float | list[float], unit: str, bound: float | None
     "Print one JSON line and keep it in results/<name>.json. Of a list: its median, smallest and largest value."
     line = {"name": name, "value": value, "unit": unit, "bound": bound, "better": better}
     if isinstance(value, list):
-        line |= {"value": statistics.median(value), "low": round(min(value), 6), "high": round(max(value), 6), "repeats": len(value)}
-    line |= {"value": round(line["value"], 6), "hardware": hardware(device), "date": datetime.date.today().isoformat()} | more
+        line |= {"value": statistics.median(value), "low": float(f"{min(value):.6g}"), "high": float(f"{max(value):.6g}"), "repeats": len(value)}
+    line |= {"value": float(f"{line['value']:.6g}"), "hardware": hardware(device), "date": datetime.date.today().isoformat()} | more
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(line, indent=1) + "\n")
     print(json.dumps(line))

@@ -337,16 +337,23 @@ def readme_table(
         lines.append([name, number(paper), *shown])
     return Markdown("\n".join("| " + " | ".join(line) + " |" for line in lines))
 
-# %% ../nbs/16_report.ipynb #2be012e4
+# %% ../nbs/16_report.ipynb #5a89c859
 def benchmark_table(
     folder: Path | None = None,  # of JSON results; None is benchmarks/results
 ) -> "IPython.display.Markdown":  # a table
-    "What the scripts in benchmarks/ measured, each beside its bound."
+    "What benchmarks/ measured: ours, the peer's, the ratio, its spread and bound; hardware and dates below."
     from IPython.display import Markdown
     folder = folder or resource("settings.ini").parent / "benchmarks" / "results"
-    lines = ["| script's measure | value | unit | bound | on |", "| --- | ---: | --- | ---: | --- |"]
-    for path in sorted(folder.glob("*.json")):
-        r = json.loads(path.read_text())
-        cells = (r["name"], number(r["value"]), r["unit"], number(r.get("bound")), r.get("hardware", ""))
-        lines.append("| " + " | ".join(cells) + " |")
-    return Markdown("\n".join(lines))
+    lines = ["| measure | value | spread | bound | unit | ours | peer's | on |",
+             "| --- | ---: | ---: | ---: | --- | ---: | ---: | ---: |"]
+    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    where = list(dict.fromkeys((r.get("hardware") or "not recorded", r.get("date") or "no date") for r in rows))
+    for r in rows:
+        bound = r.get("bound") is not None and f"{'≥' if r.get('better') == 'higher' else '≤'} {number(r['bound'])}"
+        spread = f"{number(r['low'])} to {number(r['high'])}" if "low" in r else ""
+        place = where.index((r.get("hardware") or "not recorded", r.get("date") or "no date")) + 1
+        sides = [f"{number(r[k])} {r.get('each', '')}".strip() if k in r else "" for k in ("ours_value", "peer_value")]
+        lines.append("| " + " | ".join([r["name"], number(r["value"]), spread, bound or "", r["unit"], *sides, str(place)]) + " |")
+    notes = [f"({i}) {hardware}, {date}" for i, (hardware, date) in enumerate(where, 1)]
+    said = "≤: lower is better, ≥: higher is better. The spread is the smallest and the largest of the repeats. On: "
+    return Markdown("\n".join(lines) + f"\n\n{said}{'; '.join(notes)}.")
