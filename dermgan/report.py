@@ -337,7 +337,7 @@ def readme_table(
         lines.append([name, number(paper), *shown])
     return Markdown("\n".join("| " + " | ".join(line) + " |" for line in lines))
 
-# %% ../nbs/16_report.ipynb #5a89c859
+# %% ../nbs/16_report.ipynb #7357a47f
 def benchmark_table(
     folder: Path | None = None,  # of JSON results; None is benchmarks/results
 ) -> "IPython.display.Markdown":  # a table
@@ -347,13 +347,15 @@ def benchmark_table(
     lines = ["| measure | value | spread | bound | unit | ours | peer's | on |",
              "| --- | ---: | ---: | ---: | --- | ---: | ---: | ---: |"]
     rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    where = list(dict.fromkeys((r.get("hardware") or "not recorded", r.get("date") or "no date") for r in rows))
+    place = lambda r: f"{r.get('hardware') or 'not recorded'}, {r.get('date') or 'no date'}"
+    where = list(dict.fromkeys(map(place, rows)))
     for r in rows:
-        bound = r.get("bound") is not None and f"{'≥' if r.get('better') == 'higher' else '≤'} {number(r['bound'])}"
+        sign = "≥" if r.get("better") == "higher" else "≤"
+        bound = f"{sign} {number(r['bound'])}" if r.get("bound") is not None else ""
         spread = f"{number(r['low'])} to {number(r['high'])}" if "low" in r else ""
-        place = where.index((r.get("hardware") or "not recorded", r.get("date") or "no date")) + 1
-        sides = [f"{number(r[k])} {r.get('each', '')}".strip() if k in r else "" for k in ("ours_value", "peer_value")]
-        lines.append("| " + " | ".join([r["name"], number(r["value"]), spread, bound or "", r["unit"], *sides, str(place)]) + " |")
-    notes = [f"({i}) {hardware}, {date}" for i, (hardware, date) in enumerate(where, 1)]
+        sides = [f"{number(r[k])} {r['each']}" if k in r else "" for k in ("ours_value", "peer_value")]
+        cells = [r["name"], number(r["value"]), spread, bound, r["unit"], *sides, str(where.index(place(r)) + 1)]
+        lines.append("| " + " | ".join(cells) + " |")
     said = "≤: lower is better, ≥: higher is better. The spread is the smallest and the largest of the repeats. On: "
-    return Markdown("\n".join(lines) + f"\n\n{said}{'; '.join(notes)}.")
+    notes = "; ".join(f"({i}) {text}" for i, text in enumerate(where, 1))
+    return Markdown("\n".join(lines) + f"\n\n{said}{notes}.")
