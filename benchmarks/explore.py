@@ -6,9 +6,8 @@ import time
 from common import report
 
 
-
-def slider_to_picture(px: int, channel_base: int, repeats: int = 15) -> float:
-    "Median milliseconds of a single move: waiting, drawing, encoding."
+def slider_to_picture(px: int, channel_base: int, repeats: int = 15) -> list[float]:
+    "Milliseconds of single moves: waiting, drawing, encoding."
     import torch
     from dermgan.frames import Latest, Move, encode_picture, picture, random_source
     from dermgan.hyperstyle import Nets
@@ -27,7 +26,7 @@ def slider_to_picture(px: int, channel_base: int, repeats: int = 15) -> float:
             times.append(1000 * (time.perf_counter() - begun))
 
     asyncio.run(measure())
-    return sorted(times[1:])[repeats // 2]
+    return times[1:]
 
 
 def refusal() -> float:

@@ -32,8 +32,8 @@ def main() -> None:
     ms = {key: statistics.median(values) for key, values in times.items()}
     for precision in ("bf16", "fp32"):
         one, two = ms[precision, 1], ms[precision, 2]
-        report(f"gan_one_thread_{precision}", one / two, "of the time on two threads, quick's GAN", 1,
-               one_ms=round(one, 1), two_ms=round(two, 1), repeats=options.repeats)
+        turns = [one / two for one, two in zip(times[precision, 1], times[precision, 2])]
+        report(f"gan_one_thread_{precision}", turns, "of the time on two threads, quick's GAN", 1, one_ms=round(one, 1), two_ms=round(two, 1))
 
 
 if __name__ == "__main__":

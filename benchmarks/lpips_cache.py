@@ -1,7 +1,7 @@
 """LPIPS of one original against five transformed images: kept features (6 trunk passes) against pairs (10)."""
-import time
+import statistics
 
-from common import report, seconds
+from common import report, turns
 
 
 def main():
@@ -18,9 +18,9 @@ def main():
             return lpips.distance([f.repeat_interleave(5, 0) for f in lpips.features(original)], lpips.features(five))
 
         assert torch.allclose(pairs(), kept(), atol=1e-6)
-        slow, fast = seconds(pairs, 7, time.process_time), seconds(kept, 7, time.process_time)
-    report("lpips_cache", fast / slow, "of the time of pairs", 0.75, pairs_ms_an_image=round(1000 * slow / 80, 3),
-           kept_ms_an_image=round(1000 * fast / 80, 3))
+        took = turns({"pairs": pairs, "kept": kept}, 7, scale=1000 / 80)
+    middle = {f"{name}_ms_an_image": round(statistics.median(times), 3) for name, times in took.items()}
+    report("lpips_cache", [fast / slow for fast, slow in zip(took["kept"], took["pairs"])], "of the time of pairs", 0.75, **middle)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import RESULTS, report, seconds
+from common import report, samples
 
 from dermgan.core import resolve_run
 
-TOP = RESULTS.parents[1]
+TOP = Path(__file__).resolve().parents[1]
 profile = sys.argv[1] if len(sys.argv) > 1 else "quick"
 run = resolve_run(profile)
 logs = [json.loads(path.read_text()) for path in run.folder.glob("logs/*.json")]
@@ -20,5 +20,5 @@ report(f"{profile}_minutes", minutes, "minutes of stages", {"smoke": 5, "quick":
 report(f"{profile}_peak", max(log["peak_mib"] for log in logs) / 1024, "GiB, largest process", 4)
 command = [sys.executable, "-m", "dermgan.reproduce", "--profile", profile]
 env = os.environ | {"PYTHONPATH": str(TOP)}
-idle = seconds(lambda: subprocess.run(command, cwd=TOP, check=True, capture_output=True, env=env), 3)
+idle = samples(lambda: subprocess.run(command, cwd=TOP, check=True, capture_output=True, env=env), 3)
 report(f"{profile}_idle", idle, "s with nothing to do", 5)

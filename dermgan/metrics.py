@@ -295,7 +295,7 @@ def protocol(
     counts = f"{n_real} real, {n_fake} generated"
     return f"{extractor.name}: {extractor.says}; {counts}; {shown}; 8 bits; ddof {ddof}"
 
-# %% ../nbs/03_metrics.ipynb #c6cc99af
+# %% ../nbs/03_metrics.ipynb #cfd0d9db
 class LPIPS(nn.Module):
     "Perceptual distance of images [N, 3, H, W] in [-1, 1]; differentiable. LPIPS-random without a trunk."
 
@@ -314,9 +314,9 @@ class LPIPS(nn.Module):
         "Vectors to keep and compare. ValueError outside [-1.01, 1.01]; a warning where nothing is negative."
         check_range(x)
         taps = self.net.net(self.net.scaling_layer(resize(x, (64, 1 << 20))))
-        weights = [lin.model[-1].weight for lin in self.net.lins]
-        unit = [tap / (tap.square().sum(1, keepdim=True) + 1e-20).sqrt() for tap in taps]
-        return [(tap * (w / tap[0, 0].numel()).sqrt()).flatten(1) for tap, w in zip(unit, weights)]
+        scales = [(lin.model[-1].weight / tap[0, 0].numel()).sqrt() for lin, tap in zip(self.net.lins, taps)]
+        unit = [tap * (tap.square().sum(1, keepdim=True) + 1e-20).rsqrt() for tap in taps]
+        return [tap.mul_(scale).flatten(1) for tap, scale in zip(unit, scales)]
 
     def distance(
         self,

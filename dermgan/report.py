@@ -329,16 +329,25 @@ def readme_table(
         lines.append([name, number(paper), *shown])
     return Markdown("\n".join("| " + " | ".join(line) + " |" for line in lines))
 
-# %% ../nbs/16_report.ipynb #2be012e4
+# %% ../nbs/16_report.ipynb #7357a47f
 def benchmark_table(
     folder: Path | None = None,  # of JSON results; None is benchmarks/results
 ) -> "IPython.display.Markdown":  # a table
-    "What the scripts in benchmarks/ measured, each beside its bound."
+    "What benchmarks/ measured: ours, the peer's, the ratio, its spread and bound; hardware and dates below."
     from IPython.display import Markdown
     folder = folder or resource("settings.ini").parent / "benchmarks" / "results"
-    lines = ["| script's measure | value | unit | bound | on |", "| --- | ---: | --- | ---: | --- |"]
-    for path in sorted(folder.glob("*.json")):
-        r = json.loads(path.read_text())
-        cells = (r["name"], number(r["value"]), r["unit"], number(r.get("bound")), r.get("hardware", ""))
+    lines = ["| measure | value | spread | bound | unit | ours | peer's | on |",
+             "| --- | ---: | ---: | ---: | --- | ---: | ---: | ---: |"]
+    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    place = lambda r: f"{r.get('hardware') or 'not recorded'}, {r.get('date') or 'no date'}"
+    where = list(dict.fromkeys(map(place, rows)))
+    for r in rows:
+        sign = "≥" if r.get("better") == "higher" else "≤"
+        bound = f"{sign} {number(r['bound'])}" if r.get("bound") is not None else ""
+        spread = f"{number(r['low'])} to {number(r['high'])}" if "low" in r else ""
+        sides = [f"{number(r[k])} {r['each']}" if k in r else "" for k in ("ours_value", "peer_value")]
+        cells = [r["name"], number(r["value"]), spread, bound, r["unit"], *sides, str(where.index(place(r)) + 1)]
         lines.append("| " + " | ".join(cells) + " |")
-    return Markdown("\n".join(lines))
+    said = "≤: lower is better, ≥: higher is better. The spread is the smallest and the largest of the repeats. On: "
+    notes = "; ".join(f"({i}) {text}" for i, text in enumerate(where, 1))
+    return Markdown("\n".join(lines) + f"\n\n{said}{notes}.")

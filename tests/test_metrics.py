@@ -48,6 +48,25 @@ def test_frechet_agrees_with_the_matrix_root(n, m, d, ddof):
     assert metrics.frechet_distance(a, b, ddof) == pytest.approx(expected, rel=1e-4)
 
 
+def spectrum(n, d, name, lowest):
+    "Features whose deviations fall from 1 to `lowest`, mixed by a rotation, as real ones are."
+    turn = torch.linalg.qr(draw(d, d, name=f"turn {name}")).Q
+    return draw(n, d, name=name) * torch.logspace(0, math.log10(lowest), d, dtype=torch.float64) @ turn
+
+
+@pytest.mark.parametrize("n, m, d, lowest", [(300, 200, 24, 0.1), (500, 400, 128, 0.01), (60, 600, 48, 0.3), (700, 650, 256, 0.1)])
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_frechet_agrees_with_float64_eigenvalues_and_with_the_root_to_what_is_asked(n, m, d, lowest, ddof):
+    a, b = spectrum(n, d, "a", lowest) + 0.1, spectrum(m, d, "b", lowest) * 1.5
+    x, y = a.numpy(), b.numpy()
+    one, two = np.cov(x.T, ddof=ddof), np.cov(y.T, ddof=ddof)
+    roots = np.sqrt(np.linalg.eigvals(one @ two).real.clip(min=0))
+    by_eigenvalues = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(one) + np.trace(two) - 2 * roots.sum()
+    found = metrics.frechet_distance(a, b, ddof)
+    assert found == pytest.approx(by_eigenvalues, rel=1e-8)
+    assert found == pytest.approx(frechet_by_root(a, b, ddof), rel=1e-4)
+
+
 @pytest.mark.parametrize("n", [8, 20, 500])
 def test_frechet_of_equal_sets_is_zero_and_a_shift_costs_its_square(n):
     a, shift = draw(n, 20), draw(20, name="shift")
@@ -200,6 +219,22 @@ def test_lpips_is_its_definition_and_obeys_its_laws():
     assert torch.allclose(lpips.distance(kept, lpips.features(y)), lpips(x[:1].expand(3, -1, -1, -1), y), atol=1e-7)
     for first, value in ((0, found), (2, last)):
         assert lpips_by_loop(lpips.net, x[:1], y[:1], first) == pytest.approx(float(value[0]), rel=1e-4)
+
+
+@pytest.mark.parametrize("px, n", [(64, 3), (100, 2), (128, 2), (160, 1)])
+def test_lpips_and_its_gradient_equal_the_public_package(px, n):
+    lpips, x, y = metrics.open_lpips(WEIGHTS), images(n, px), images(n, px, name="others")
+    near = (x + 0.02 * images(n, px, name="near")).clamp(-1, 1)
+
+    def both(net, other):
+        image = x.clone().requires_grad_()
+        value = net(image, other).flatten()
+        value.sum().backward()
+        return value.detach(), image.grad
+    for other in (y, near):
+        (found, slope), (expected, their_slope) = both(lpips, other), both(lpips.net, other)
+        assert float((found - expected).abs().max()) <= 1e-6 * min(1.0, float(expected.min())), "1e-6 of each value, none above 1 eased"
+        assert float((slope - their_slope).norm()) <= 1e-5 * float(their_slope.norm())
 
 
 @pytest.mark.parametrize("px", [16, 32, 64, 100])
