@@ -20,7 +20,7 @@ import torch
 BATCH, PX = 8, 64
 SETTINGS = SimpleNamespace(image_px=PX, z_dim=512, w_dim=512, channel_base=16384, channel_max=512, mapping_layers=8, gan_batch=BATCH,
                            gan_accumulate=1, gan_mixing=0.9, gan_lr=0.002, gan_pl_every=4, gan_pl_weight=2.0, gan_r1_every=16,
-                           gan_r1_gamma=1.0, gan_ema_kimg=10.0, gan_ema_ramp=0.05)
+                           gan_r1_gamma=1.0, gan_ema_kimg=10.0, gan_ema_ramp=0.05, gan_aug="none", gan_from="none", gan_aug_p="adaptive", gan_freeze_d=0)
 
 
 def ours(precision: str) -> dict:

@@ -3,15 +3,16 @@
 # %% auto #0
 __all__ = ['GATES', 'UNIFORM', 'NORMAL', 'BLIT', 'GEOMETRY', 'COLOUR', 'MILD', 'PIPES', 'each_group', 'draw', 'Pipe', 'choose',
            'matrices', 'some', 'place', 'recolour_matrices', 'recolour', 'filter_bank', 'band_gains', 'refilter',
-           'corrupt', 'augment_images', 'Control', 'control', 'augmenter', 'overfitting']
+           'corrupt', 'augment_images', 'Control', 'control', 'begin_control', 'follow', 'augmenter', 'overfitting']
 
-# %% ../nbs/04_ada.ipynb #f63b9695
+# %% ../nbs/04_ada.ipynb #7f3ef6b3
 import math
 from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional as F
 
+from .core import ConfigError, Profile
 from .layers import convolve
 from .warp import affine, move_pixels, reflect, turned_by, warp
 
@@ -46,7 +47,7 @@ def draw(
     u, z = (torch.cat(parts).cpu().double().unbind(1) for parts in (uniform, normal))
     return dict(zip(GATES, u)), dict(zip(UNIFORM, u[len(GATES):])), dict(zip(NORMAL, z))
 
-# %% ../nbs/04_ada.ipynb #4cece174
+# %% ../nbs/04_ada.ipynb #5a82f00f
 @dataclass(frozen=True)
 class Pipe:
     "Multipliers of p, one a transform, and the extents that a pipe may change."
@@ -61,7 +62,8 @@ class Pipe:
 
 BLIT, GEOMETRY = dict(flip=1, quarter=1, shift=1), dict(scale=1, turn=1, stretch=1, slide=1)
 COLOUR = dict(brightness=1, contrast=1, luma=1, hue=1, saturation=1)
-MILD = dict(brightness=1, brightness_std=0.05, contrast=1, contrast_std=0.15, saturation=1, saturation_std=0.2)
+MILD = dict(brightness=1, brightness_std=0.05, contrast=1, contrast_std=0.15,
+            saturation=1, saturation_std=0.2)
 PIPES = {
     "geometry": Pipe(**BLIT, **GEOMETRY),
     "geometry+mild": Pipe(**BLIT, **GEOMETRY, **MILD),
@@ -253,7 +255,7 @@ def augment_images(
     x = refilter(recolour(place(x, v), v), v)
     return corrupt(x, v, generator).to(images.dtype)
 
-# %% ../nbs/04_ada.ipynb #3517c348
+# %% ../nbs/04_ada.ipynb #d185d262
 @dataclass
 class Control:
     "The state of the controller."
@@ -273,18 +275,42 @@ def control(
     "Note a step's sign; every few steps, move p by their mean. Only then does the device have to answer."
     state.signs.append(sign.detach())
     if len(state.signs) == every:
-        mean = torch.stack(state.signs).double().mean().item()
+        mean = torch.stack([sign.to(state.signs[-1].device) for sign in state.signs]).double().mean().item()
         move = batch * every / (kimg * 1000) * ((mean > target) - (mean < target))
         state.p, state.signs = min(max(state.p + move, 0.0), 1.0), []
+
+
+def begin_control(
+    p: Profile,  # its `gan_aug_p`
+) -> Control:  # p = 0, or the fixed p
+    "The controller before the first step. ConfigError unless p is a probability."
+    fixed = 0.0 if p.gan_aug_p == "adaptive" else p.gan_aug_p
+    if not 0 <= fixed <= 1:
+        raise ConfigError(f"gan_aug_p = {fixed} is not allowed.", "It is a probability, or adaptive.",
+                          "Example: --set gan_aug_p=0.3")
+    return Control(fixed)
+
+
+def follow(
+    state: Control,  # changed in place
+    p: Profile,  # pipe, target and speed; a transfer adapts in 100 thousand images
+    sign: torch.Tensor,  # mean sign of D on this step's real images, over all processes
+) -> dict[str, torch.Tensor]:  # for the log
+    "Let p follow the discriminator, where the profile says so."
+    if p.gan_aug == "none":
+        return {}
+    if p.gan_aug_p == "adaptive":
+        kimg = p.gan_aug_kimg if p.gan_from == "none" else min(p.gan_aug_kimg, 100)
+        control(state, sign, p.gan_aug_target, p.gan_batch, kimg)
+    return {"augment_p": torch.tensor(state.p)}
 
 
 def augmenter(
     name: str,  # a pipe, or "none"
     p: float,  # probability now
-    generator: "torch.Generator | Sequence",  # of all draws
-) -> "Callable":  # images to what the discriminator sees of them
+) -> "Callable":  # images and their generators to what the discriminator sees of them
     "What the discriminator sees; with \"none\" the images themselves, and nothing is drawn."
-    return (lambda x: x) if name == "none" else lambda x: augment_images(x, p, PIPES[name], generator)
+    return (lambda x, _: x) if name == "none" else lambda x, gen: augment_images(x, p, PIPES[name], gen)
 
 # %% ../nbs/04_ada.ipynb #bb4b2ed2
 def overfitting(

@@ -4,25 +4,26 @@
 __all__ = ['GAN_KEYS', 'FREE_KEYS', 'batch_indices', 'flip_and_crop', 'generator_loss', 'discriminator_loss', 'r1_penalty',
            'path_lengths', 'mixed_codes', 'Training', 'lazy_adam', 'begin', 'apply', 'train_generator',
            'train_discriminator', 'update_average', 'train_step', 'pick_precision', 'made_by', 'pack', 'unpack',
-           'require_finite', 'sample', 'sheet', 'tick', 'log', 'resume', 'train_gan', 'open_generator',
-           'training_course']
+           'require_finite', 'tick', 'held_out', 'log', 'resume', 'train_gan', 'open_generator', 'training_course']
 
-# %% ../nbs/05_gan.ipynb #0d2435fa
+# %% ../nbs/05_gan.ipynb #8afcc82c
 import copy, json, math, time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 import torch
 from torch.nn import functional as F
 
-from . import layers
+from . import ada, layers, warp
+from .ada import Control, augmenter, begin_control, follow, overfitting
 from .core import (DataMissing, NotFinite, Profile, Run, check_made_by, code_key, load_state, progress, rng,
                           save_atomic, write_atomic, write_text)
 from .data import Images, open_images, to_float
 from .metrics import features, frechet_distance, open_extractor
 from .stylegan2 import (Block, DBlock, Discriminator, Epilogue, Generator, Mapping, Synthesis, load_generator,
-                               save_generator, synthesize)
+                               sample, save_generator, sheet, synthesize)
+from .transfer import start_from, thaw
 
 # %% ../nbs/05_gan.ipynb #667ab494
 def batch_indices(
@@ -115,7 +116,7 @@ def mixed_codes(
     other = g.mapping(layers.random_normal((count, g.z_dim), generator, device))
     return torch.cat([ws[:, :cut], other[:, None].expand(-1, g.num_ws - cut, -1)], 1)
 
-# %% ../nbs/05_gan.ipynb #e2ec4139
+# %% ../nbs/05_gan.ipynb #e7b21767
 @dataclass
 class Training:
     "Everything that a training step changes."
@@ -123,6 +124,7 @@ class Training:
     g: Generator; d: Discriminator; ema: Generator
     opt_g: torch.optim.Adam; opt_d: torch.optim.Adam
     pl_mean: torch.Tensor
+    aug: Control = field(default_factory=Control)
     step: int = 0
     best: float = math.inf
 
@@ -151,9 +153,9 @@ def begin(
     for net in (g.synthesis, d, ema.synthesis):
         net.compute_dtype = torch.bfloat16 if precision == "bf16" else None
     return Training(g, d, ema, lazy_adam(g, p.gan_lr, p.gan_pl_every if p.gan_pl_weight else 0),
-                    lazy_adam(d, p.gan_lr, p.gan_r1_every), torch.zeros([], device=device))
+                    lazy_adam(d, p.gan_lr, p.gan_r1_every), torch.zeros([], device=device), begin_control(p))
 
-# %% ../nbs/05_gan.ipynb #fa59d42a
+# %% ../nbs/05_gan.ipynb #d423484c
 def apply(
     optimizer: torch.optim.Adam,  # whose parameters move
     losses: "Iterable",  # one scalar per part of the batch; each is backpropagated when drawn
@@ -174,10 +176,10 @@ def train_generator(
     gen: torch.Generator,  # of this step
 ) -> dict[str, torch.Tensor]:  # losses
     "One step of the generator, and its path length when due."
-    part, k = p.gan_batch // p.gan_accumulate, p.gan_accumulate
+    part, k, see = p.gan_batch // p.gan_accumulate, p.gan_accumulate, augmenter(p.gan_aug, t.aug.p)
     fake = lambda: t.g.synthesis(mixed_codes(t.g, part, p.gan_mixing, gen, track=True), "random", gen)
     t.d.requires_grad_(False)
-    logs = {"loss_g": apply(t.opt_g, (generator_loss(t.d(fake())) / k for _ in range(k)))}
+    logs = {"loss_g": apply(t.opt_g, (generator_loss(t.d(see(fake(), gen))) / k for _ in range(k)))}
     if p.gan_pl_weight and t.step % p.gan_pl_every == 0:
         def penalty():
             ws = mixed_codes(t.g, max(part // 2, 1), p.gan_mixing, gen)
@@ -186,7 +188,7 @@ def train_generator(
             t.pl_mean.copy_(mean.detach())
             return (lengths - mean).square().mean() * p.gan_pl_weight * p.gan_pl_every / k
         logs["path_length"] = apply(t.opt_g, (penalty() for _ in range(k)))
-    t.d.requires_grad_(True)
+    thaw(t.d, p.gan_freeze_d)
     return logs
 
 
@@ -197,26 +199,26 @@ def train_discriminator(
     gen: torch.Generator,  # of this step
 ) -> dict[str, torch.Tensor]:  # losses and the sign of the logits
     "One step of the discriminator, and R1 when due."
-    k, signs = p.gan_accumulate, []
+    k, signs, see = p.gan_accumulate, [], augmenter(p.gan_aug, t.aug.p)
     def loss(real):
         with torch.no_grad():
             fake = t.g.synthesis(mixed_codes(t.g, len(real), p.gan_mixing, gen), "random", gen)
-        logits = t.d(real)
+        logits = t.d(see(real, gen))
         signs.append(logits.detach().sign().mean())
-        return discriminator_loss(t.d(fake), logits) / k
+        return discriminator_loss(t.d(see(fake, gen)), logits) / k
     logs = {"loss_d": apply(t.opt_d, (loss(real) for real in reals.chunk(k)))}
     if t.step % p.gan_r1_every == 0:
-        logs["r1"] = apply(t.opt_d, (r1_penalty(t.d, real, p.gan_r1_gamma) * p.gan_r1_every / k
-                                     for real in reals.chunk(k)))
+        penalty = lambda real: r1_penalty(lambda x: t.d(see(x, gen)), real, p.gan_r1_gamma)
+        logs["r1"] = apply(t.opt_d, (penalty(real) * p.gan_r1_every / k for real in reals.chunk(k)))
     return logs | {"sign_real": torch.stack(signs).mean()}
 
-# %% ../nbs/05_gan.ipynb #e9c24794
+# %% ../nbs/05_gan.ipynb #df02912e
 def update_average(
     t: Training,  # its `ema` is changed in place
     p: Profile,  # settings
 ) -> None:
     "Move the averaged generator towards the trained one; buffers are copied."
-    seen = t.step * p.gan_batch
+    seen = t.step * p.gan_batch if p.gan_from == "none" else math.inf
     half_life = min(p.gan_ema_kimg * 1000, seen * p.gan_ema_ramp)
     beta = 0.5 ** (p.gan_batch / max(half_life, 1e-8))
     with torch.no_grad():
@@ -236,6 +238,7 @@ def train_step(
     reals = to_float(images.batch(batch_indices(len(images), p.gan_batch, seed, t.step)).to(t.g.w_avg.device))
     reals = flip_and_crop(reals, p.gan_crop, gen)
     logs = train_generator(t, p, gen) | train_discriminator(t, p, reals, gen)
+    logs |= follow(t.aug, p, logs["sign_real"])
     t.step += 1
     update_average(t, p)
     return logs
@@ -263,7 +266,7 @@ def pick_precision(
         seconds[precision] = min(times[1:])
     return min(seconds, key=seconds.get), seconds
 
-# %% ../nbs/05_gan.ipynb #3501fa1c
+# %% ../nbs/05_gan.ipynb #7fc896c0
 GAN_KEYS = ("image_px", "dataset", "store", "phantom_lesions", "z_dim", "w_dim", "channel_base",
             "channel_max", "mapping_layers")
 FREE_KEYS = ("gan_kimg", "gan_fd_images", "gan_tick_kimg")
@@ -275,9 +278,10 @@ def made_by(
     "The settings and the code that a GAN checkpoint depends on; its length and its ticks are not among them."
     settings = {k: v for k, v in vars(run.profile).items()
                 if k in GAN_KEYS or k.startswith("gan_") and k not in FREE_KEYS}
-    code = code_key(layers, Mapping, Block, Synthesis, synthesize, Generator, DBlock, Epilogue, Discriminator,
-                    batch_indices, flip_and_crop, r1_penalty, path_lengths, mixed_codes, lazy_adam, begin,
-                    train_generator, train_discriminator, update_average, train_step)
+    pipe = (ada, warp) if run.profile.gan_aug != "none" else ()
+    code = code_key(*pipe, layers, Mapping, Block, Synthesis, synthesize, Generator, DBlock, Epilogue,
+                    Discriminator, batch_indices, flip_and_crop, r1_penalty, path_lengths, mixed_codes,
+                    lazy_adam, begin, train_generator, train_discriminator, update_average, train_step)
     return settings | {"seed": run.seed, "code": code}
 
 
@@ -287,7 +291,7 @@ def pack(
 ) -> dict:  # tensors, numbers and strings
     "The state of a training as a dictionary."
     nets = {name: getattr(t, name).state_dict() for name in ("g", "d", "ema", "opt_g", "opt_d")}
-    return nets | {"pl_mean": t.pl_mean, "step": t.step, "best": t.best} | facts
+    return nets | {"pl_mean": t.pl_mean, "aug": vars(t.aug), "step": t.step, "best": t.best} | facts
 
 
 def unpack(
@@ -298,7 +302,7 @@ def unpack(
     for name in ("g", "d", "ema", "opt_g", "opt_d"):
         getattr(t, name).load_state_dict(state[name])
     t.pl_mean.copy_(state["pl_mean"])
-    t.step, t.best = state["step"], state["best"]
+    t.aug, t.step, t.best = Control(**state["aug"]), state["step"], state["best"]
     return t
 
 
@@ -315,34 +319,7 @@ def require_finite(
                         f"First tensor that holds NaN or infinity: {first}.",
                         "The last good checkpoint is kept. Try --set precision=fp32 or half of gan_lr.")
 
-# %% ../nbs/05_gan.ipynb #d7771a02
-def sample(
-    g: Generator,  # in eval mode
-    count: int,  # images
-    seed: int,  # of z and noise
-    truncation: float = 1.0,  # 1 keeps w
-    batch: int = 64,  # images at a time
-) -> torch.Tensor:  # images in [-1, 1], [count, 3, H, W], float32
-    "Generate images from seeded codes, quantised to 8 bits as files are."
-    gen, parts = rng(seed, "sample"), []
-    with torch.no_grad():
-        for first in range(0, count, batch):
-            z = layers.random_normal((min(batch, count - first), g.z_dim), gen, g.w_avg.device)
-            images = g(z, truncation, generator=gen).float().clamp(-1, 1).cpu()
-            parts.append(((images + 1) * 127.5).round() / 127.5 - 1)
-    return torch.cat(parts)
-
-
-def sheet(
-    images: torch.Tensor,  # [N, 3, H, W] in [-1, 1]
-    columns: int,  # pictures in a row
-) -> "numpy.ndarray":  # uint8 [rows H, columns W, 3]
-    "Tile images into one picture."
-    rows = images[:len(images) // columns * columns].unflatten(0, (-1, columns))
-    tiled = rows.permute(0, 3, 1, 4, 2).reshape(rows.shape[0] * rows.shape[3], -1, 3)
-    return ((tiled.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
-
-
+# %% ../nbs/05_gan.ipynb #13fdfc7f
 def tick(
     run: Run,  # where to write
     t: Training,  # measured; its `best` is updated
@@ -356,13 +333,34 @@ def tick(
     distance = float(frechet_distance(reals, features(fakes, extractor)))
     if distance < t.best:
         t.best = distance
-        about = {"settings": facts["made_by"], "distance": distance, "step": t.step}
+        about = {"settings": facts["made_by"], "start": facts["start"], "distance": distance, "step": t.step}
         save_generator(run.path("ckpt", "generator.safetensors"), t.ema, about)
     picture = Image.fromarray(sheet(fakes[:64], 8))
     write_atomic(run.path("logs", "gan", f"sheet-{t.step:07d}.png"), lambda file: picture.save(file, "PNG"))
     return distance
 
-# %% ../nbs/05_gan.ipynb #767ad9ca
+# %% ../nbs/05_gan.ipynb #fc558c01
+def held_out(
+    run: Run,  # its seed and augmentation
+    t: Training,  # judged
+    images: Images,  # the training set
+    val: Images,  # the validation set
+    most: int = 128,  # images of each kind
+) -> dict[str, float]:  # {"overfitting": r_v}; {} where the GAN trains on all images
+    "How far the discriminator overfits."
+    p, device, count = run.profile, t.g.w_avg.device, max(min(len(val), most) // 4 * 4, 4)
+    if p.gan_split != "train":
+        return {}
+    see, gen = augmenter(p.gan_aug, t.aug.p), rng(run.seed, "overfitting")
+    with torch.no_grad():
+        fakes = torch.cat([t.g(z, generator=gen) for z in
+                           layers.random_normal((count, t.g.z_dim), gen, device).split(16)])
+    reals = [to_float(x.batch(batch_indices(len(x), count, run.seed, 0)).to(device)) for x in (images, val)]
+    train, val = (see(flip_and_crop(x, p.gan_crop, gen), gen)
+                  for x, gen in zip(reals, [rng(run.seed, "overfitting", "seen") for _ in reals]))
+    return {"overfitting": round(overfitting(t.d, train, val, see(fakes, gen)), 6)}
+
+# %% ../nbs/05_gan.ipynb #8a4249b0
 def log(
     run: Run,  # its stats.jsonl
     entry: dict | None,  # appended as a line; None drops what lies after `step`
@@ -387,11 +385,11 @@ def resume(
     file, current = run.path("ckpt", "gan.pt"), made_by(run)
     if not file.exists():
         precision, seconds = pick_precision(run.profile, device)
-        facts = {"precision": precision, "step_seconds": seconds, "made_by": current}
-        return begin(run.profile, run.seed, precision, device), facts
+        t = begin(run.profile, run.seed, precision, device)
+        return t, dict(precision=precision, step_seconds=seconds, made_by=current, start=start_from(t, run))
     state = load_state(file)
     check_made_by(state["made_by"], json.loads(json.dumps(current)), "ckpt/gan.pt")
-    facts = {key: state[key] for key in ("precision", "step_seconds", "made_by")}
+    facts = {key: state[key] for key in ("precision", "step_seconds", "made_by", "start")}
     return unpack(begin(run.profile, run.seed, facts["precision"], device), state), facts
 
 
@@ -420,7 +418,7 @@ def train_gan(
             entry = {"step": t.step, "kimg": t.step * kimg} | {k: round(v.item(), 6) for k, v in logs.items()}
             ticked = t.step % every == 0 or t.step == total
             if ticked:
-                entry["distance"] = tick(run, t, reals, extractor, facts)
+                entry |= {"distance": tick(run, t, reals, extractor, facts)} | held_out(run, t, images, val)
                 bar.set_postfix_str(f"{extractor.name} {entry['distance']:.3g}")
             log(run, entry | {"seconds": round((time.perf_counter() - started) / (t.step - first), 5)})
             if ticked:

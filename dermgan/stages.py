@@ -14,7 +14,7 @@ from .core import (ConfigError, DataMissing, Run, code_meaning, read_run, resour
 from .settings import cell_key
 from .report import notebook_cells, stage_logs
 
-# %% ../nbs/17_stages.ipynb #d8ea82cf
+# %% ../nbs/17_stages.ipynb #a92ecf4f
 NEEDS = {
     "00_settings": (),
     "00_core": ("00_settings",),
@@ -30,7 +30,8 @@ NEEDS = {
     "04_stylegan2": ("04_layers", "04_formats"),
     "04_warp": ("02_phantom", "04_layers"),
     "04_ada": ("04_warp", "04_stylegan2"),
-    "05_gan": ("02_phantom", "03_metrics", "04_stylegan2", "04_ada"),
+    "04_transfer": ("04_stylegan2",),
+    "05_gan": ("02_phantom", "03_metrics", "04_stylegan2", "04_ada", "04_transfer"),
     "03_attributes": ("02_phantom",),
     "06_factorize": ("05_gan", "03_attributes"),
     "07_invert": ("05_gan",),

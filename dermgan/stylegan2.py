@@ -2,11 +2,11 @@
 
 # %% auto #0
 __all__ = ['normalize_second_moment', 'Mapping', 'channels_at', 'resolutions', 'Block', 'synthesize', 'Synthesis', 'Generator',
-           'DBlock', 'Epilogue', 'Discriminator', 'infer_channels', 'infer_shape', 'save_generator', 'fill',
-           'load_generator', 'mean_code', 'make_generator', 'infer_critic', 'load_rosinality', 'save_rosinality',
-           'load_nvlabs']
+           'sample', 'sheet', 'DBlock', 'Epilogue', 'Discriminator', 'infer_channels', 'infer_shape', 'save_generator',
+           'fill', 'load_generator', 'mean_code', 'make_generator', 'infer_critic', 'load_rosinality',
+           'save_rosinality', 'load_nvlabs']
 
-# %% ../nbs/04_stylegan2.ipynb #715ef6e0
+# %% ../nbs/04_stylegan2.ipynb #280d6b75
 import math, warnings
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch import nn
 from .core import load_weights, rng, save_atomic, save_weights
 from .formats import (arrange, read_nvlabs, read_rosinality, refusing, rosinality_critic_names,
                              rosinality_kernels, rosinality_names)
-from .layers import Conv, Linear, StyleConv, ToRGB, activate, minibatch_std, upsample
+from .layers import Conv, Linear, StyleConv, ToRGB, activate, minibatch_std, random_normal, upsample
 
 # %% ../nbs/04_stylegan2.ipynb #218ba739
 def normalize_second_moment(
@@ -177,6 +177,33 @@ class Generator(nn.Module):
         "Generate images. `truncation` pulls w towards its mean: fewer failures, less variety."
         w = self.w_avg.lerp(self.mapping(z), truncation)
         return self.synthesis(w[:, None].expand(-1, self.num_ws, -1), noise, generator)
+
+# %% ../nbs/04_stylegan2.ipynb #69cc87d2
+def sample(
+    g: Generator,  # in eval mode
+    count: int,  # images
+    seed: int,  # of z and noise
+    truncation: float = 1.0,  # 1 keeps w
+    batch: int = 64,  # images at a time
+) -> torch.Tensor:  # images in [-1, 1], [count, 3, H, W], float32
+    "Generate images from seeded codes, quantised to 8 bits as files are."
+    gen, parts = rng(seed, "sample"), []
+    with torch.no_grad():
+        for first in range(0, count, batch):
+            z = random_normal((min(batch, count - first), g.z_dim), gen, g.w_avg.device)
+            images = g(z, truncation, generator=gen).float().clamp(-1, 1).cpu()
+            parts.append(((images + 1) * 127.5).round() / 127.5 - 1)
+    return torch.cat(parts)
+
+
+def sheet(
+    images: torch.Tensor,  # [N, 3, H, W] in [-1, 1]
+    columns: int,  # pictures in a row
+) -> "numpy.ndarray":  # uint8 [rows H, columns W, 3]
+    "Tile images into one picture."
+    rows = images[:len(images) // columns * columns].unflatten(0, (-1, columns))
+    tiled = rows.permute(0, 3, 1, 4, 2).reshape(rows.shape[0] * rows.shape[3], -1, 3)
+    return ((tiled.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
 
 # %% ../nbs/04_stylegan2.ipynb #f0bc2c43
 class DBlock(nn.Module):
