@@ -6,12 +6,12 @@ __all__ = ['CLASSES', 'SETS', 'CONTROLS', 'CHOSEN', 'DermganError', 'ConfigError
            'plan_cells', 'cell_name', 'set_label', 'cell_key', 'cell_stage', 'resource', 'kind_name', 'typed',
            'profile_names', 'read_profile']
 
-# %% ../nbs/00_settings.ipynb #054255d7
+# %% ../nbs/00_settings.ipynb #236bc582
 import configparser
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 # %% ../nbs/00_settings.ipynb #63bfe040
 class DermganError(Exception):
@@ -57,7 +57,7 @@ class NotFinite(DermganError):
 class ProcessLost(DermganError):
     "Processes that train together died and could not be started again."
 
-# %% ../nbs/00_settings.ipynb #820ca7ce
+# %% ../nbs/00_settings.ipynb #5f63b67e
 CLASSES = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
 SETS = ("baseline", "2k", "4k", "6k", "8k", "10k")
 
@@ -75,6 +75,10 @@ class Profile:
     gan_r1_gamma: float; gan_r1_every: int; gan_pl_weight: float; gan_pl_every: int
     gan_mixing: float; gan_ema_kimg: float; gan_ema_ramp: float; gan_crop: float
     gan_tick_kimg: float; gan_fd_images: int
+    gan_aug: Literal["none", "geometry", "geometry+mild", "geometry+mild+noise+cutout", "blit", "geom",
+                     "color", "filter", "noise", "cutout", "bg", "bgc", "bgcf", "bgcfn", "bgcfnc"]
+    gan_aug_p: Literal["adaptive"] | float; gan_aug_target: float; gan_aug_kimg: float
+    gan_from: str; gan_freeze_d: int
     precision: Literal["auto", "fp32", "bf16"]; processes: int
     factor_variant: Literal["sefa", "raw"]; factor_images: int
     invert_space: Literal["w", "w+"]; invert_steps: int; invert_batch: int; invert_sources: int
@@ -186,7 +190,7 @@ def cell_stage(
     stages |= dict.fromkeys(("drawn", "steps", "duplicates"), "10_augment")
     return stages.get(kind, "10_controls")
 
-# %% ../nbs/00_settings.ipynb #02e8bfba
+# %% ../nbs/00_settings.ipynb #a1b8030f
 def resource(
     name: str,  # file name at the top of the repository, or beside the installed modules
 ) -> Path:  # where the file lies
@@ -202,7 +206,9 @@ def resource(
 def kind_name(
     kind: Any,  # an annotation
 ) -> str:  # as a reader writes it
-    "The name of a setting's type."
+    "What a setting takes."
+    if get_origin(kind) in (Literal, Union):
+        return " | ".join(part if isinstance(part, str) else kind_name(part) for part in get_args(kind))
     return str(kind) if get_origin(kind) else kind.__name__
 
 
@@ -213,14 +219,17 @@ def typed(
 ) -> Any:  # the value
     "Parse one setting by its annotation. ConfigError names key, allowed type and file."
     try:
+        if get_origin(kind) is Union and text in get_args(get_args(kind)[0]):
+            return text
+        if get_origin(kind) is Union:
+            return get_args(kind)[1](text)
         if get_origin(kind) is Literal:
             return {choice: choice for choice in get_args(kind)}[text]
         if get_origin(kind) is tuple:
             return tuple(get_args(kind)[0](part.strip()) for part in text.split(",") if part.strip())
         return kind(text)
     except (KeyError, ValueError):
-        allowed = " | ".join(get_args(kind)) if get_origin(kind) is Literal else kind_name(kind)
-        raise ConfigError(f"{key} = {text!r} is not allowed.", f"{key} takes {allowed}.",
+        raise ConfigError(f"{key} = {text!r} is not allowed.", f"{key} takes {kind_name(kind)}.",
                           f"Change {key} in settings.ini or in --set {key}=VALUE.") from None
 
 # %% ../nbs/00_settings.ipynb #24bd8b0b

@@ -13,7 +13,7 @@ from .core import (ConfigError, DataMissing, Run, code_meaning, notebook_cells, 
                           short_key, write_text)
 from .settings import cell_key
 
-# %% ../nbs/17_stages.ipynb #e3fd96d8
+# %% ../nbs/17_stages.ipynb #f5691e9d
 NEEDS = {
     "00_settings": (),
     "00_core": ("00_settings",),
@@ -29,8 +29,11 @@ NEEDS = {
     "04_layers": ("04_convolution",),
     "04_formats": ("00_core",),
     "04_stylegan2": ("04_layers", "04_formats"),
-    "04_samples": ("02_phantom", "03_metrics", "04_stylegan2"),
-    "05_gan": ("04_parallel", "04_samples"),
+    "04_warp": ("02_phantom", "04_layers"),
+    "04_ada": ("04_warp", "04_stylegan2"),
+    "04_transfer": ("04_stylegan2",),
+    "04_samples": ("02_phantom", "03_metrics", "04_ada"),
+    "05_gan": ("04_parallel", "04_samples", "04_transfer"),
     "03_attributes": ("02_phantom",),
     "06_factorize": ("05_gan", "03_attributes"),
     "07_invert": ("05_gan",),

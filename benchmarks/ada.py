@@ -1,0 +1,89 @@
+"""What adaptive augmentation changes: the same networks at 64 px on 1,000 and on all training images, with and without it.
+
+Every cell of the study sees the same number of images. At each tick the Frechet distance to validation images, the discriminator's
+overfitting and p are noted; `results/ada.csv` collects them and `04_ada` draws them. A killed study goes on where it stopped: run the
+same command again. About 4 x 45 minutes on two cores (80 thousand images a cell), 4 x 3 on a GPU.
+
+    python benchmarks/ada.py --data DIR --weights DIR [--kimg 80] [--few 1000] [--pipe geometry+mild] [--profile ham]
+
+`--profile smoke --kimg 0.64 --few 40 --out FILE` tries it on phantoms in a minute.
+"""
+import argparse
+import json
+import os
+from pathlib import Path
+
+from common import RESULTS, hardware
+
+import pandas as pd
+
+from dermgan.core import read_run, resolve_run, write_text
+from dermgan.data import pack_data
+from dermgan.gan import batch_indices, train_gan
+from dermgan.metrics import open_extractor
+from dermgan.phantom import pack_phantom
+from dermgan.store import Images, pack_images
+
+COLUMNS = ["images", "pipe", "seed", "step", "kimg", "distance", "overfitting", "augment_p", "sign_real", "features", "hardware"]
+
+
+def data_of(options, root: Path):
+    "A run that holds the packed images; packing goes on where it stopped."
+    run = resolve_run(options.profile, options.seed, data=options.data, weights=options.weights, root=root / "data")
+    pack_phantom(run) if run.profile.dataset == "phantom" else pack_data(run)
+    return run
+
+
+def few_of(run, count: int) -> Path:
+    "A store of some training images, the first of the training's own order."
+    whole = Images(run.folder / "lmdb" / "train")
+    chosen = batch_indices(len(whole), count, run.seed, 0)
+    pictures = (whole.batch([i])[0].permute(1, 2, 0).numpy() for i in chosen)
+    return pack_images(run.folder / "lmdb" / f"train-{count}", pictures, [whole.ids[i] for i in chosen], whole.labels[chosen].tolist(),
+                       [whole.lesion_ids[i] for i in chosen], whole.classes, whole.image_px, run.profile.store)
+
+
+def cell(options, root: Path, data, train: Path, pipe: str):
+    "Train one cell to its end and return its ticks."
+    changes = {"gan_kimg": options.kimg, "gan_tick_kimg": options.tick or options.kimg / 16, "gan_aug": pipe, "gan_split": "train",
+               "gan_aug_kimg": options.aug_kimg or options.kimg}
+    run = resolve_run(options.profile, options.seed, {k: str(v) for k, v in changes.items()}, options.data, options.weights, root=root / train.name)
+    stores = run.folder / "lmdb"
+    stores.mkdir(exist_ok=True)
+    for name, target in (("train", train), ("val", data.folder / "lmdb" / "val")):
+        if not (stores / name).exists():
+            os.symlink(target.resolve(), stores / name)
+    train_gan(read_run(run.folder))
+    lines = [json.loads(line) for line in run.path("stats.jsonl").read_text().splitlines()]
+    return [line | {"pipe": pipe, "seed": options.seed} for line in lines if "distance" in line]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", help="folder of HAM10000")
+    parser.add_argument("--weights", help="folder of the feature network's weights")
+    parser.add_argument("--profile", default="ham", help="sizes of the networks and the data set")
+    parser.add_argument("--kimg", type=float, default=80, help="thousand images that each cell sees")
+    parser.add_argument("--tick", type=float, help="thousand images between measurements (default: a sixteenth of --kimg)")
+    parser.add_argument("--aug-kimg", type=float, help="thousand images in which p could go from 0 to 1 (default: --kimg; ADA's own is 500)")
+    parser.add_argument("--few", type=int, default=1000, help="images of the small training set")
+    parser.add_argument("--pipe", default="geometry+mild", help="what may be applied")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--root", type=Path, default=RESULTS.parents[1] / "runs" / "ada", help="where the trainings lie")
+    parser.add_argument("--out", type=Path, default=RESULTS / "ada.csv")
+    options = parser.parse_args()
+    data = data_of(options, options.root)
+    whole = data.folder / "lmdb" / "train"
+    rows, features = [], open_extractor(data.weights).name
+    for train in (few_of(data, options.few), whole):
+        for pipe in ("none", options.pipe):
+            count = len(Images(train))
+            ticks = cell(options, options.root, data, train, pipe)
+            rows += [{"augment_p": 0.0} | tick | {"images": count, "features": features, "hardware": hardware()} for tick in ticks]
+            write_text(options.out, pd.DataFrame(rows)[COLUMNS].to_csv(index=False, float_format="%.6g"))
+            print(f"{count} images, {pipe}: best {features} {min(t['distance'] for t in ticks):.4g}, last {ticks[-1]['distance']:.4g}, "
+                  f"overfitting {ticks[-1]['overfitting']:.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
