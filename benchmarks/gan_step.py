@@ -26,16 +26,15 @@ SETTINGS = SimpleNamespace(image_px=PX, z_dim=512, w_dim=512, channel_base=16384
 def ours(precision: str) -> dict:
     "Part -> (work, share of the steps that run it)."
     from dermgan import gan
-    from dermgan.core import rng
     t, reals = gan.begin(SETTINGS, 0, precision), torch.randn(BATCH, 3, PX, PX)
 
     def generator(step):
         t.step = step
-        gan.train_generator(t, SETTINGS, rng(0, step))
+        gan.train_generator(t, SETTINGS, gan.step_draws(SETTINGS, 0, step))
 
     def discriminator(step):
         t.step = step
-        gan.train_discriminator(t, SETTINGS, reals, rng(0, step))
+        gan.train_discriminator(t, SETTINGS, reals, gan.step_draws(SETTINGS, 0, step))
     return {"generator": (lambda: generator(1), 3 / 4), "generator and path length": (lambda: generator(4), 1 / 4),
             "discriminator": (lambda: discriminator(1), 15 / 16), "discriminator and R1": (lambda: discriminator(16), 1 / 16),
             "average": (lambda: gan.update_average(t, SETTINGS), 1)}

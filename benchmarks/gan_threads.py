@@ -11,7 +11,7 @@ from common import report
 import torch
 
 from dermgan import gan
-from dermgan.core import read_profile, rng
+from dermgan.core import read_profile
 
 
 def main() -> None:
@@ -25,8 +25,8 @@ def main() -> None:
         for (precision, threads), t in systems.items():
             torch.set_num_threads(threads)
             t.step, begin = 1, time.perf_counter()
-            gan.train_generator(t, p, rng(0, repeat))
-            gan.train_discriminator(t, p, reals, rng(0, repeat))
+            gan.train_generator(t, p, gan.step_draws(p, 0, repeat))
+            gan.train_discriminator(t, p, reals, gan.step_draws(p, 0, repeat))
             if repeat > 1:
                 times[precision, threads].append((time.perf_counter() - begin) * 1000 / p.gan_batch)
     ms = {key: statistics.median(values) for key, values in times.items()}

@@ -41,7 +41,7 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-# %% ../nbs/00_core.ipynb #228347ee
+# %% ../nbs/00_core.ipynb #07f083a6
 def short_key(
     value: Any,  # anything that JSON can hold
     digits: int = 8,  # hexadecimal digits kept
@@ -70,7 +70,8 @@ def resolve_run(
     outside = {option: str(Path(folder).resolve()) if folder else None for option, folder in outside.items()}
     top = resource("settings.ini").parent
     root = root or ((top if (top / "nbs").is_dir() else Path.cwd()) / "runs")
-    folder = Path(root) / f"{profile}-{short_key([asdict(settings), outside])}-s{seed}"
+    results = {k: v for k, v in asdict(settings).items() if k != "processes"} | {"gan_accumulate": 1}
+    folder = Path(root) / f"{profile}-{short_key([results, outside])}-s{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     state = {"profile": asdict(settings), "seed": seed} | outside
     write_text(folder / "profile.json", json.dumps(state, indent=1))

@@ -288,7 +288,7 @@ def modulated_conv(
     "Modulated and demodulated convolution (Karras et al. 2020, eq. 1-3)."
     return scaled_conv(x, weight, style, up) * demodulation(weight, style).to(x.dtype)[:, :, None, None]
 
-# %% ../nbs/04_layers.ipynb #814b89f9
+# %% ../nbs/04_layers.ipynb #80e05db3
 class StyleConv(nn.Module):
     "Modulated 3x3 convolution with noise, bias and activation."
 
@@ -330,12 +330,15 @@ class StyleConv(nn.Module):
 
 def random_normal(
     shape: tuple[int, ...],  # of the tensor
-    generator: torch.Generator | None,  # None is torch's own
+    generator: torch.Generator | list[torch.Generator] | None,  # several: of equal shares; None: torch's own
     device: torch.device,  # where the tensor is wanted
 ) -> torch.Tensor:  # standard normal
-    "Normal noise, drawn where its generator lives and moved to the device."
-    return torch.randn(shape, generator=generator,
-                       device=generator.device if generator else device).to(device)
+    "Normal noise, drawn where its generator lives and moved to the device. RuntimeError for unequal shares."
+    drawing = generator if isinstance(generator, list) else [generator]
+    noise = torch.empty(shape, device=drawing[0].device if drawing[0] else device)
+    for share, one in zip(noise.unflatten(0, (len(drawing), -1)), drawing):
+        share.normal_(generator=one)
+    return noise.to(device)
 
 # %% ../nbs/04_layers.ipynb #681522af
 class ToRGB(nn.Module):
@@ -360,7 +363,7 @@ class ToRGB(nn.Module):
         style = self.affine(w) / math.sqrt(self.weight.shape[1])
         return scaled_conv(x, self.weight, style).to(self.bias.dtype) + self.bias[:, None, None]
 
-# %% ../nbs/04_layers.ipynb #d8e014fd
+# %% ../nbs/04_layers.ipynb #f6144aa8
 class Conv(nn.Module):
     "Convolution with equalised learning rate, optional halving, bias and activation."
 
@@ -397,11 +400,11 @@ def minibatch_std(
     x: torch.Tensor,  # [N, C, H, W]
     group: int = 4,  # images compared with each other; N must be its multiple, or smaller
 ) -> torch.Tensor:  # [N, C + 1, H, W]
-    "Append the mean deviation within each group (Karras et al. 2018). ValueError if N does not divide."
+    "Append the mean deviation of a group of neighbours (Karras et al. 2018). ValueError if N does not fit."
     n, c, h, w = x.shape
     group = min(group, n)
     if n % group:
         raise ValueError(f"{n} images do not divide into groups of {group}")
     y = x.float() if x.dtype == torch.bfloat16 else x
-    deviation = (y.reshape(group, n // group, c, h, w).var(0, unbiased=False) + 1e-8).sqrt().mean((1, 2, 3))
-    return torch.cat([y, deviation.repeat(group)[:, None, None, None].expand(n, 1, h, w)], 1)
+    deviation = (y.reshape(n // group, group, c, h, w).var(1, unbiased=False) + 1e-8).sqrt().mean((1, 2, 3))
+    return torch.cat([y, deviation.repeat_interleave(group)[:, None, None, None].expand(n, 1, h, w)], 1)

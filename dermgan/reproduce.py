@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['arguments', 'settings_of', 'stage_name', 'waiting_for', 'restart', 'snakemake', 'planned', 'reproduce', 'say_holes',
-           'stopped', 'made_run', 'explore_command', 'merge_command', 'fetch_command', 'run_command', 'main']
+           'stopped', 'made_run', 'explore_command', 'merge_command', 'fetch_command', 'train_command', 'run_command',
+           'main']
 
 # %% ../nbs/18_reproduce.ipynb #eb9618f4
 import argparse, fcntl, os, re, shlex, shutil, subprocess, sys, time
@@ -195,7 +196,7 @@ def stopped(
         print("\n".join(["\nSnakemake stopped:", *log.splitlines()[-12:]]), file=sys.stderr)
     return 1
 
-# %% ../nbs/18_reproduce.ipynb #3e057f42
+# %% ../nbs/18_reproduce.ipynb #9cbbb0e0
 def made_run(
     words: dict,  # profile, run, published
 ) -> Run:  # the run whose generator is used
@@ -269,6 +270,19 @@ def fetch_command(
     return 0
 
 
+def train_command(
+    what: str,  # gan
+    folder: Path,  # a run's folder
+) -> int:  # exit code
+    "`dermgan train gan DIR`: one long training; under torchrun, this process's share of it."
+    from dermgan import gan, parallel
+    end_with_parent()
+    run = read_run(folder)
+    with parallel.join(run):
+        {"gan": gan.train_gan}[what](run)
+    return 0
+
+
 def run_command(
     words: list[str],  # the command line
 ) -> int:  # exit code
@@ -300,6 +314,8 @@ def main(
             case ["cell", name, "--run", folder]:
                 end_with_parent()
                 return run_cell(name, Path(folder))
+            case ["train", "gan" as what, folder]:
+                return train_command(what, Path(folder))
             case ["train", *rest]:
                 end_with_parent()
                 from dermgan import grid

@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'SETS', 'CONTROLS', 'CHOSEN', 'DermganError', 'ConfigError', 'DataMissing', 'DataRefused', 'DataNotReady',
-           'RunMismatch', 'DiskFull', 'NotFinite', 'Profile', 'SetName', 'CellKey', 'parse_set', 'plan_cells',
-           'cell_name', 'set_label', 'cell_key', 'cell_stage', 'resource', 'kind_name', 'typed', 'profile_names',
-           'read_profile']
+           'RunMismatch', 'DiskFull', 'NotFinite', 'ProcessLost', 'Profile', 'SetName', 'CellKey', 'parse_set',
+           'plan_cells', 'cell_name', 'set_label', 'cell_key', 'cell_stage', 'resource', 'kind_name', 'typed',
+           'profile_names', 'read_profile']
 
 # %% ../nbs/00_settings.ipynb #054255d7
 import configparser
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-# %% ../nbs/00_settings.ipynb #47736bbb
+# %% ../nbs/00_settings.ipynb #63bfe040
 class DermganError(Exception):
     "An error in three lines: what happened, why, what to do."
 
@@ -53,7 +53,11 @@ class DiskFull(DermganError):
 class NotFinite(DermganError):
     "A tensor holds NaN or infinity; the last good checkpoint is kept."
 
-# %% ../nbs/00_settings.ipynb #3f8880a7
+
+class ProcessLost(DermganError):
+    "Processes that train together died and could not be started again."
+
+# %% ../nbs/00_settings.ipynb #820ca7ce
 CLASSES = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
 SETS = ("baseline", "2k", "4k", "6k", "8k", "10k")
 
@@ -71,7 +75,7 @@ class Profile:
     gan_r1_gamma: float; gan_r1_every: int; gan_pl_weight: float; gan_pl_every: int
     gan_mixing: float; gan_ema_kimg: float; gan_ema_ramp: float; gan_crop: float
     gan_tick_kimg: float; gan_fd_images: int
-    precision: Literal["auto", "fp32", "bf16"]
+    precision: Literal["auto", "fp32", "bf16"]; processes: int
     factor_variant: Literal["sefa", "raw"]; factor_images: int
     invert_space: Literal["w", "w+"]; invert_steps: int; invert_batch: int; invert_sources: int
     enc_width: int; enc_units: tuple[int, ...]

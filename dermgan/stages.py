@@ -14,7 +14,7 @@ from .core import (ConfigError, DataMissing, Run, code_meaning, read_run, resour
 from .settings import cell_key
 from .report import notebook_cells, stage_logs
 
-# %% ../nbs/17_stages.ipynb #b4c9933d
+# %% ../nbs/17_stages.ipynb #3e7231c3
 NEEDS = {
     "00_settings": (),
     "00_core": ("00_settings",),
@@ -25,10 +25,12 @@ NEEDS = {
     "02_phantom": ("01_data", "02_lesion"),
     "03_attributes": ("02_phantom",),
     "03_metrics": ("03_attributes",),
+    "04_parallel": ("00_core",),
     "04_layers": ("00_core",),
     "04_formats": ("00_core",),
     "04_stylegan2": ("04_layers", "04_formats"),
-    "05_gan": ("02_phantom", "03_metrics", "04_stylegan2"),
+    "04_samples": ("02_phantom", "03_metrics", "04_stylegan2"),
+    "05_gan": ("04_parallel", "04_samples"),
     "03_attributes": ("02_phantom",),
     "06_factorize": ("05_gan", "03_attributes"),
     "07_invert": ("05_gan",),

@@ -154,7 +154,7 @@ def test_minibatch_deviation_equals_a_loop(n, group):
     size = min(group, n)
     expected = np.zeros(n)
     for member in range(n):
-        others = [m for m in range(n) if m % (n // size) == member % (n // size)]
+        others = [m for m in range(n) if m // size == member // size]
         expected[member] = np.sqrt(x[others].numpy().var(0) + 1e-8).mean()
     plane = minibatch_std(x, group)[:, 5]
     assert np.abs(plane.numpy() - expected[:, None, None]).max() < 1e-12
@@ -187,3 +187,12 @@ def test_random_noise_follows_its_generator():
     device = torch.device("cpu")
     draws = [layers.random_normal((3, 4), torch.Generator().manual_seed(s), device) for s in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_noise_of_several_generators_is_the_noise_of_each():
+    device, seeds = torch.device("cpu"), (3, 1, 2)
+    together = layers.random_normal((6, 1, 5, 5), [torch.Generator().manual_seed(s) for s in seeds], device)
+    alone = [torch.randn(2, 1, 5, 5, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    assert torch.equal(together, torch.cat(alone))
+    with pytest.raises(RuntimeError):
+        layers.random_normal((7, 5), [torch.Generator(), torch.Generator()], device)

@@ -115,9 +115,9 @@ def restated_critic(p, images, px):
             x = (y + critic_conv(p, f"b{r}.skip", x, True)) * math.sqrt(0.5)
         rows.append(x)
     rows, logits = np.stack(rows), []
-    groups = len(rows) // min(4, len(rows))
+    size = min(4, len(rows))
     for n, x in enumerate(rows):
-        deviation = np.sqrt(rows[[m for m in range(len(rows)) if m % groups == n % groups]].var(0) + 1e-8).mean()
+        deviation = np.sqrt(rows[[m for m in range(len(rows)) if m // size == n // size]].var(0) + 1e-8).mean()
         x = np.concatenate([x, np.full((1, 4, 4), deviation)])
         x = lrelu(critic_conv(p, "b4.conv", x) + p["b4.conv.bias"][:, None, None])
         logits.append(dense(p, "b4.out", lrelu(dense(p, "b4.fc", x.reshape(-1)))))
