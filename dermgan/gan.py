@@ -66,7 +66,7 @@ def path_lengths(
     (gradient,) = torch.autograd.grad((images * noise).sum(), ws, create_graph=True)
     return gradient.square().sum(2).mean(1).sqrt()
 
-# %% ../nbs/05_gan.ipynb #313522ba
+# %% ../nbs/05_gan.ipynb #51f69bea
 def mixing_cut(
     num_ws: int,  # layers that take a code
     mixing: float,  # probability of a second code
@@ -85,12 +85,9 @@ def mixed_codes(
     generator: torch.Generator | list[torch.Generator],  # of z; several: of equal shares
 ) -> torch.Tensor:  # style codes, [count, num_ws, w_dim]
     "Draw style codes, and second ones for the layers from the cut on."
-    device = g.w_avg.device
-    ws = g.mapping(layers.random_normal((count, g.z_dim), generator, device))[:, None].expand(-1, g.num_ws, -1)
-    if cut == g.num_ws:
-        return ws
-    other = g.mapping(layers.random_normal((count, g.z_dim), generator, device))
-    return torch.cat([ws[:, :cut], other[:, None].expand(-1, g.num_ws - cut, -1)], 1)
+    draw = lambda: g.mapping(layers.random_normal((count, g.z_dim), generator, g.w_avg.device))[:, None]
+    ws = draw().expand(-1, g.num_ws, -1)
+    return ws if cut == g.num_ws else torch.cat([ws[:, :cut], draw().expand(-1, g.num_ws - cut, -1)], 1)
 
 # %% ../nbs/05_gan.ipynb #713e07d3
 GROUP = 4
@@ -134,7 +131,7 @@ def begin(
     return Training(g, d, ema, lazy_adam(g, p.gan_lr, p.gan_pl_every if p.gan_pl_weight else 0),
                     lazy_adam(d, p.gan_lr, p.gan_r1_every), torch.zeros([], device=device), begin_control(p))
 
-# %% ../nbs/05_gan.ipynb #f6c727f5
+# %% ../nbs/05_gan.ipynb #65895e28
 def step_draws(
     p: Profile,  # its batch and parts
     seed: int,  # the run's seed
@@ -146,7 +143,7 @@ def step_draws(
 
 def apply(
     optimizer: torch.optim.Adam,  # whose parameters move
-    losses: "Iterable",  # one scalar per part of the batch, a share of the mean; each is backpropagated when drawn
+    losses: "Iterable",  # a scalar per part of the batch, its share of the mean; backpropagated when drawn
     beside: "Sequence[torch.Tensor]" = (),  # further shares, which become the sum over the processes
 ) -> torch.Tensor:  # the mean loss, detached
     "Accumulate the gradients of all parts, of all processes, and take one step."
@@ -297,7 +294,7 @@ def pick_precision(
         seconds[precision] = min(times[1:])
     return parallel.agree((min(seconds, key=seconds.get), seconds))
 
-# %% ../nbs/05_gan.ipynb #e5dc9037
+# %% ../nbs/05_gan.ipynb #4963a873
 GAN_KEYS = ("image_px", "dataset", "store", "phantom_lesions", "z_dim", "w_dim", "channel_base",
             "channel_max", "mapping_layers")
 FREE_KEYS = ("gan_kimg", "gan_fd_images", "gan_tick_kimg", "gan_accumulate")
@@ -310,8 +307,9 @@ def made_by(
     settings = {k: v for k, v in vars(run.profile).items()
                 if k in GAN_KEYS or k.startswith("gan_") and k not in FREE_KEYS}
     pipe = (ada, warp) if run.profile.gan_aug != "none" else ()
-    code = code_key(*pipe, convolution, layers, Mapping, Block, Synthesis, synthesize, Generator, DBlock, Epilogue,
-                    Discriminator, batch_indices, flip_and_crop, generator_loss, discriminator_loss, r1_penalty,
+    code = code_key(*pipe, convolution, layers, Mapping, Block, Synthesis, synthesize, Generator, DBlock,
+                    Epilogue, Discriminator, batch_indices, flip_and_crop, generator_loss, discriminator_loss,
+                    r1_penalty,
                     path_lengths, mixing_cut, mixed_codes, lazy_adam, begin, step_draws, parallel.parts,
                     parallel.draws_of, parallel.add_up, apply, judge, train_generator, regularise_generator,
                     train_discriminator, update_average, train_step)
@@ -352,7 +350,7 @@ def require_finite(
                         f"First tensor that holds NaN or infinity: {first}.",
                         "The last good checkpoint is kept. Try --set precision=fp32 or half of gan_lr.")
 
-# %% ../nbs/05_gan.ipynb #390716f3
+# %% ../nbs/05_gan.ipynb #62394d7f
 def write_down(
     run: Run,  # where to write
     t: Training,  # after a step
@@ -402,7 +400,7 @@ def resume(
 def train_gan(
     run: Run,  # settings, data and where to write
 ) -> Generator:  # the best averaged generator, in eval mode
-    "Train to `gan_kimg`; resumes a killed run, returns at once where done. NotFinite, RunMismatch, ProcessLost."
+    "Train to `gan_kimg`; resumes, returns at once where done. NotFinite, RunMismatch, ProcessLost."
     p, state = run.profile, None if run.published else read_checkpoint(run)
     total, every = (max(1, round(kimg * 1000 / p.gan_batch)) for kimg in (p.gan_kimg, p.gan_tick_kimg))
     if run.published or state and state["step"] >= total:
@@ -428,7 +426,7 @@ def train_gan(
             pace = (time.perf_counter() - started) / (t.step - first)
             if ticked:
                 parallel.require_same([*t.g.parameters(), *t.d.parameters()], "weights",
-                                      "Train on one kind of GPU, with one version of PyTorch; see 04_parallel.")
+                                      "Train on one kind of GPU, with one PyTorch; see 04_parallel.")
             if main and (said := write_down(run, t, logs, pace, facts, ruler if ticked else None)):
                 bar.set_postfix_str(said)
     parallel.wait()

@@ -32,7 +32,7 @@ def world() -> World:  # alone, where torchrun did not start this process
         return World(0, 1, 0, 1)
     return World(*(int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
 
-# %% ../nbs/04_parallel.ipynb #6c2e1aa7
+# %% ../nbs/04_parallel.ipynb #39dc95cc
 def parts(
     batch: int,  # images in a batch, of all processes together
     cuts: int = 1,  # parts that a process goes through its share in
@@ -46,7 +46,7 @@ def parts(
         fit = [str(n) for n in range(1, count + 1) if batch % group == 0 and count % (n * cuts) == 0]
         step = group * size * cuts
         allowed = f"Processes may be {', '.join(fit)}; or take" if fit else "Take"
-        raise ConfigError(f"A batch of {batch} images cannot be shared by {size} processes in {cuts} parts each.",
+        raise ConfigError(f"{batch} images cannot be shared by {size} processes in {cuts} parts each.",
                           f"Each part takes the same number of whole groups of {group} images.",
                           f"{allowed} a batch that {step} divides, such as {-(-batch // step) * step}.")
     own = count // (size * cuts)
@@ -140,12 +140,12 @@ def require_same(
         raise RunMismatch(f"The processes do not hold the same {what}.",
                           f"{int((upper != -lower).sum())} of {len(sums)} sums differ between them.", fix)
 
-# %% ../nbs/04_parallel.ipynb #00d16cd7
+# %% ../nbs/04_parallel.ipynb #99fb7a6d
 def take_device() -> None:
     "Make this process's GPU the current one. ConfigError where there are fewer GPUs than processes."
     here, count = world(), torch.cuda.device_count()
     if count and here.local_size > count:
-        raise ConfigError(f"{here.local_size} processes were started on a machine with {count} GPUs in sight.",
+        raise ConfigError(f"{here.local_size} processes share a machine with {count} GPUs in sight.",
                           f"Process {here.rank} would have none to itself.",
                           f"Start {count}: torchrun --nproc-per-node {count}, or see CUDA_VISIBLE_DEVICES.")
     if count:
@@ -158,7 +158,7 @@ def join(
     wait_min: float = 60,  # longest that one process waits for another
 ) -> "Iterator[World]":  # this process's place
     "Work together with the other processes; alone, just work."
-    here, note = world(), run.path("logs", "parallel.error")
+    here, note = world(), run.path("logs", "parallel.note")
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if here.size > 1 and again and note.exists():
         raise stopped(note)
@@ -173,7 +173,7 @@ def join(
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             longest = timedelta(minutes=wait_min)
             store = dist.PrefixStore(f"attempt {again}", next(dist.rendezvous("env://", timeout=longest))[0])
-            dist.init_process_group(backend, timeout=longest, store=store, rank=here.rank, world_size=here.size)
+            dist.init_process_group(backend, None, longest, here.size, here.rank, store)
         yield here
         if here.size > 1:
             dist.destroy_process_group()
@@ -183,21 +183,21 @@ def join(
 
 
 def stopped(
-    note: Path,  # logs/parallel.error
+    note: Path,  # logs/parallel.note
 ) -> DermganError:  # to raise
     "The error that stopped the processes."
     kind, *lines = json.loads(note.read_text())
     return getattr(settings, kind)(*lines)
 
-# %% ../nbs/04_parallel.ipynb #5f1915d1
+# %% ../nbs/04_parallel.ipynb #dcc3421f
 def launch(
     run: Run,  # its logs/ may hold why the processes stopped
     words: list[str],  # what each process runs, as after `python`: a file or -m MODULE, and arguments
     count: int,  # processes
     restarts: int = 3,  # times that all are started again when one is lost
 ) -> None:
-    "Run a program in several processes of this machine. Its own DermganError; ProcessLost if it died otherwise."
-    note, tail = run.path("logs", "parallel.error"), collections.deque(maxlen=20)
+    "Run a program in several processes of this machine. Its own DermganError; ProcessLost if it died."
+    note, tail = run.path("logs", "parallel.note"), collections.deque(maxlen=20)
     note.unlink(missing_ok=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     home = str(Path(settings.__file__).resolve().parents[1])
@@ -222,4 +222,5 @@ def launch(
         raise stopped(note)
     last = next((line for line in reversed(tail) if "Error" in line or "SIG" in line), "See the lines above.")
     raise ProcessLost(f"{count} processes were started {restarts + 1} times and did not finish.", last[:200],
-                      "The last checkpoint is kept: the same command goes on from it. Out of memory? Halve the batch.")
+                      "The last checkpoint is kept; the same command goes on from it. Out of memory? "
+                      "--set gan_accumulate=2 goes through a batch in parts.")

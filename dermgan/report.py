@@ -329,7 +329,7 @@ def readme_table(
         lines.append([name, number(paper), *shown])
     return Markdown("\n".join("| " + " | ".join(line) + " |" for line in lines))
 
-# %% ../nbs/16_report.ipynb #7357a47f
+# %% ../nbs/16_report.ipynb #c302f4ce
 def benchmark_table(
     folder: Path | None = None,  # of JSON results; None is benchmarks/results
 ) -> "IPython.display.Markdown":  # a table
@@ -346,8 +346,10 @@ def benchmark_table(
         bound = f"{sign} {number(r['bound'])}" if r.get("bound") is not None else ""
         spread = f"{number(r['low'])} to {number(r['high'])}" if "low" in r else ""
         sides = [f"{number(r[k])} {r['each']}" if k in r else "" for k in ("ours_value", "peer_value")]
-        cells = [r["name"], number(r["value"]), spread, bound, r["unit"], *sides, str(where.index(place(r)) + 1)]
+        machine = str(where.index(place(r)) + 1)
+        cells = [r["name"], number(r["value"]), spread, bound, r["unit"], *sides, machine]
         lines.append("| " + " | ".join(cells) + " |")
-    said = "≤: lower is better, ≥: higher is better. The spread is the smallest and the largest of the repeats. On: "
+    said = ("≤: lower is better, ≥: higher is better. "
+            "The spread is the smallest and the largest of the repeats. On: ")
     notes = "; ".join(f"({i}) {text}" for i, text in enumerate(where, 1))
     return Markdown("\n".join(lines) + f"\n\n{said}{notes}.")

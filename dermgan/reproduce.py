@@ -196,7 +196,7 @@ def stopped(
         print("\n".join(["\nSnakemake stopped:", *log.splitlines()[-12:]]), file=sys.stderr)
     return 1
 
-# %% ../nbs/18_reproduce.ipynb #3c332f60
+# %% ../nbs/18_reproduce.ipynb #069f1031
 def made_run(
     words: dict,  # profile, run, published
 ) -> Run:  # the run whose generator is used
@@ -276,6 +276,7 @@ def train_command(
 ) -> int:  # exit code
     "`dermgan train gan DIR`: one long training; under torchrun, this process's share of it."
     from dermgan import gan, parallel
+    end_with_parent()
     run = read_run(folder)
     with parallel.join(run):
         {"gan": gan.train_gan}[what](run)
@@ -312,7 +313,6 @@ def dispatch(
             end_with_parent()
             return run_cell(name, Path(folder))
         case ["train", "gan" as what, folder]:
-            end_with_parent()
             return train_command(what, Path(folder))
         case ["train", *rest]:
             end_with_parent()

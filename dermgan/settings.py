@@ -57,11 +57,11 @@ class NotFinite(DermganError):
 class ProcessLost(DermganError):
     "Processes that train together died and could not be started again."
 
-# %% ../nbs/00_settings.ipynb #5f63b67e
+# %% ../nbs/00_settings.ipynb #e32c6159
 CLASSES = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
 SETS = ("baseline", "2k", "4k", "6k", "8k", "10k")
 
-
+# %% ../nbs/00_settings.ipynb #77793316
 @dataclass(frozen=True)
 class Profile:
     "The settings of one run; the reasons stand in `settings.ini`."

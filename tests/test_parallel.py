@@ -16,12 +16,12 @@ from dermgan.settings import ProcessLost
 from dermgan.store import pack_images
 
 CHANGES = {"image_px": "16", "z_dim": "8", "w_dim": "8", "channel_base": "128", "channel_max": "16", "gan_batch": "16",
-           "gan_kimg": "0.48", "gan_tick_kimg": "0.16", "gan_fd_images": "16", "precision": "fp32", "gan_r1_every": "2",
+           "gan_kimg": "0.192", "gan_tick_kimg": "0.064", "gan_fd_images": "16", "precision": "fp32", "gan_r1_every": "2",
            "gan_pl_every": "3", "gan_pl_weight": "2", "gan_crop": "0.8"}
 
 
 def make_run(root, **changes):
-    "A run of 30 steps with a checkpoint every ten."
+    "A run of 12 steps with a checkpoint every four."
     run = resolve_run("smoke", 0, CHANGES | changes, root=root)
     for split in ("train", "val"):
         draw = np.random.default_rng(len(split))
@@ -31,7 +31,7 @@ def make_run(root, **changes):
     return run
 
 
-def torchrun(count, *words, restarts=0, timeout=180):
+def torchrun(count, *words, restarts=0, timeout=900):
     "Real processes on this machine; the finished torchrun."
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
                "--max-restarts", str(restarts), *map(str, words)]
@@ -170,12 +170,12 @@ def numbers(run):
 def test_a_killed_process_costs_the_steps_since_the_checkpoint_and_nothing_else(tmp_path, train):
     calm, hit = make_run(tmp_path / "calm", processes="2"), make_run(tmp_path / "hit")
     gan.train_gan(calm)
-    done = torchrun(2, train, hit.folder, 1, 25, restarts=1)
+    done = torchrun(2, train, hit.folder, 1, 10, restarts=1)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "SIGKILL" in done.stderr or "Signal 9" in done.stderr
+    assert "exitcode: -9" in done.stderr
     (state, lines), (hurt, again) = numbers(calm), numbers(hit)
     assert difference(state, hurt)[0] == 0 and lines == again
-    assert [line["step"] for line in lines] == [10, 20, 30] and all("distance" in line for line in lines)
+    assert [line["step"] for line in lines] == [4, 8, 12] and all("distance" in line for line in lines)
     published = [run.path("ckpt", "generator.safetensors").read_bytes() for run in (calm, hit)]
     assert published[0] == published[1]
 
@@ -185,12 +185,12 @@ def test_an_error_that_would_come_again_stops_all_processes_and_is_told(tmp_path
 
     def poisoned(words, **more):
         cut = words.index("-m", 3)
-        return command([*words[:cut], train, run.folder, "-1", "12"], **more)
+        return command([*words[:cut], train, run.folder, "-1", "6"], **more)
 
     monkeypatch.setattr(parallel.subprocess, "Popen", poisoned)
     with pytest.raises(NotFinite, match="precision=fp32"):
         gan.train_gan(replace(run, profile=replace(run.profile, processes=2)))
-    assert load_state(run.path("ckpt", "gan.pt"))["step"] == 10
+    assert load_state(run.path("ckpt", "gan.pt"))["step"] == 4
     assert len(run.path("stats.jsonl").read_text().splitlines()) == 1
 
 
@@ -236,7 +236,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path, monkeypatch, batch, 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     place(monkeypatch, 3, 4)
-    with pytest.raises(ConfigError, match="4 processes were started on a machine with 2 GPUs") as error:
+    with pytest.raises(ConfigError, match="4 processes share a machine with 2 GPUs") as error:
         parallel.take_device()
     assert "--nproc-per-node 2" in str(error.value)
 
