@@ -23,6 +23,11 @@ from dermgan.stylegan2 import Discriminator, Generator, save_generator, save_ros
 SHAPE = dict(image_px=16, z_dim=8, w_dim=8, channel_base=128, channel_max=16, mapping_layers=2)
 
 
+def begin_or_resume(run):
+    "As `train_gan` does it."
+    return gan.resume(run, gan.read_checkpoint(run))
+
+
 def networks(**more):
     torch.manual_seed(3)
     shape = SHAPE | more
@@ -113,7 +118,7 @@ def test_each_kind_of_file_is_begun_with(tmp_path, nvlabs, kind):  # noqa: F811
     g, d = networks()
     path = write_start(kind, tmp_path, nvlabs, g, d)
     run = make_run(tmp_path / "run", gan_from=str(path))
-    t, facts = gan.resume(run)
+    t, facts = begin_or_resume(run)
     fresh = gan.begin(run.profile, run.seed, "fp32")
     if kind == "ours":
         state = load_state(path)
@@ -151,13 +156,13 @@ def test_freezing_counts_from_the_image_and_only_what_came_from_somewhere(tmp_pa
     assert order == ["b16.fromrgb", "b16.conv0", "b16.conv1", "b16.skip", "b8.conv0", "b8.conv1", "b8.skip"]
     run = make_run(tmp_path)
     with pytest.raises(ConfigError, match="gan_from is none"):
-        gan.resume(with_(run, gan_freeze_d=2))
+        begin_or_resume(with_(run, gan_freeze_d=2))
     path = save_generator(tmp_path / "generator.safetensors", networks()[0])
     with pytest.raises(ConfigError, match="holds no discriminator"):
-        gan.resume(with_(run, gan_freeze_d=2, gan_from=str(path)))
+        begin_or_resume(with_(run, gan_freeze_d=2, gan_from=str(path)))
     full = save_rosinality(tmp_path / "theirs.pt", *networks())
     with pytest.raises(ConfigError, match="7 layers"):
-        gan.resume(with_(run, gan_freeze_d=8, gan_from=str(full)))
+        begin_or_resume(with_(run, gan_freeze_d=8, gan_from=str(full)))
 
 
 @pytest.mark.parametrize("change, named", [({"image_px": 32}, "image_px=32"), ({"z_dim": 12}, "z_dim=12"), ({"w_dim": 12}, "w_dim=12"),
@@ -167,16 +172,16 @@ def test_other_shapes_are_refused_with_the_setting_to_change(tmp_path, change, n
     path = save_rosinality(tmp_path / "theirs.pt", *networks(**change))
     run = make_run(tmp_path, gan_from=str(path))
     with pytest.raises(ConfigError, match=f"--set {named}$") as refusal:
-        gan.resume(run)
+        begin_or_resume(run)
     assert "theirs.pt" in str(refusal.value) and not run.path("ckpt", "gan.pt").exists()
     key, value = named.split("=")
-    gan.resume(with_(run, **{key: int(value)}))
+    begin_or_resume(with_(run, **{key: int(value)}))
 
 
 def test_a_discriminator_of_another_width_is_refused(tmp_path):
     path = save_rosinality(tmp_path / "theirs.pt", networks()[0], networks(channel_max=8)[1])
     with pytest.raises(ConfigError, match="channel_max"):
-        gan.resume(make_run(tmp_path, gan_from=str(path)))
+        begin_or_resume(make_run(tmp_path, gan_from=str(path)))
 
 
 def test_missing_and_damaged_starts_are_refused(tmp_path):
@@ -184,12 +189,12 @@ def test_missing_and_damaged_starts_are_refused(tmp_path):
     weights.mkdir()
     run = make_run(tmp_path, gan_from="there.pt")
     with pytest.raises(DataMissing, match="there.pt"):
-        gan.resume(run)
+        begin_or_resume(run)
     (weights / "there.pt").write_bytes(b"no checkpoint")
     with pytest.raises(DataRefused, match="there.pt"):
-        gan.resume(replace(run, weights=weights))
+        begin_or_resume(replace(run, weights=weights))
     save_rosinality(weights / "there.pt", *networks())
-    t, _ = gan.resume(replace(run, weights=weights))
+    t, _ = begin_or_resume(replace(run, weights=weights))
     assert torch.equal(t.g.synthesis.b4.const, networks()[0].synthesis.b4.const)
 
 
@@ -228,14 +233,12 @@ def test_overfitting_compares_the_three_sets_as_the_discriminator_sees_them(tmp_
                     [f"{split}{k}" for k in range(12)], CLASSES, 16)
     g, _ = networks()
     t = SimpleNamespace(g=g, d=lambda x: x.mean((1, 2, 3)), aug=Control())
-    from dermgan.data import open_images
-    images, val = open_images(run, "train"), open_images(run, "val")
     gen = rng(run.seed, "overfitting")
     with torch.no_grad():
         fake = g(torch.randn(12, 8, generator=gen), generator=gen).mean().item()
-    found = gan.held_out(run, t, images, val)["overfitting"]
+    found = gan.held_out(run, t)["overfitting"]
     assert found == pytest.approx((1 - (51 / 127.5 - 1)) / (1 - fake), rel=1e-4)
-    dark = gan.held_out(with_(run, gan_aug="noise"), replace_aug(t, 1.0), images, val)["overfitting"]
+    dark = gan.held_out(with_(run, gan_aug="noise"), replace_aug(t, 1.0))["overfitting"]
     assert dark != found and dark == pytest.approx(found, abs=0.05)
 
 
