@@ -22,7 +22,7 @@ from dermgan.data import pack_data
 from dermgan.gan import batch_indices, train_gan
 from dermgan.metrics import open_extractor
 from dermgan.phantom import pack_phantom
-from dermgan.store import Images, pack_images
+from dermgan.store import Images, open_store, pack_images
 
 COLUMNS = ["images", "pipe", "seed", "step", "kimg", "distance", "overfitting", "augment_p", "sign_real", "features", "hardware"]
 
@@ -53,6 +53,7 @@ def cell(options, root: Path, data, train: Path, pipe: str):
     for name, target in (("train", train), ("val", data.folder / "lmdb" / "val")):
         if not (stores / name).exists():
             os.symlink(target.resolve(), stores / name)
+    open_store.cache_clear()
     train_gan(read_run(run.folder))
     lines = [json.loads(line) for line in run.path("stats.jsonl").read_text().splitlines()]
     return [line | {"pipe": pipe, "seed": options.seed} for line in lines if "distance" in line]

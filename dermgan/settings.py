@@ -53,11 +53,11 @@ class DiskFull(DermganError):
 class NotFinite(DermganError):
     "A tensor holds NaN or infinity; the last good checkpoint is kept."
 
-# %% ../nbs/00_settings.ipynb #01a4f0dd
+# %% ../nbs/00_settings.ipynb #e32c6159
 CLASSES = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
 SETS = ("baseline", "2k", "4k", "6k", "8k", "10k")
 
-
+# %% ../nbs/00_settings.ipynb #68ebd34c
 @dataclass(frozen=True)
 class Profile:
     "The settings of one run; the reasons stand in `settings.ini`."
