@@ -2,7 +2,8 @@
 
 Every cell of the study sees the same number of images. At each tick the Frechet distance to validation images, the discriminator's
 overfitting and p are noted; `results/ada.csv` collects them and `04_ada` draws them. A killed study goes on where it stopped: run the
-same command again. About 4 x 45 minutes on two cores (80 thousand images a cell), 4 x 3 on a GPU.
+same command again. A plain cell of 80 thousand images takes about 45 minutes on two cores; the pipe costs up to 25 CPU-ms an image and
+pass at p = 0.6, so an augmented cell may take three times as long.
 
     python benchmarks/ada.py --data DIR --weights DIR [--kimg 80] [--few 1000] [--pipe geometry+mild] [--profile ham]
 
