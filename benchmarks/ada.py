@@ -2,7 +2,8 @@
 
 Every cell of the study sees the same number of images. At each tick the Frechet distance to validation images, the discriminator's
 overfitting and p are noted; `results/ada.csv` collects them and `04_ada` draws them. A killed study goes on where it stopped: run the
-same command again. About 4 x 45 minutes on two cores (80 thousand images a cell), 4 x 3 on a GPU.
+same command again. A plain cell of 80 thousand images takes about 45 minutes on two cores; the pipe costs up to 25 CPU-ms an image and
+pass at p = 0.6, so an augmented cell may take three times as long.
 
     python benchmarks/ada.py --data DIR --weights DIR [--kimg 80] [--few 1000] [--pipe geometry+mild] [--profile ham]
 
@@ -22,7 +23,7 @@ from dermgan.data import pack_data
 from dermgan.gan import batch_indices, train_gan
 from dermgan.metrics import open_extractor
 from dermgan.phantom import pack_phantom
-from dermgan.store import Images, pack_images
+from dermgan.store import Images, open_store, pack_images
 
 COLUMNS = ["images", "pipe", "seed", "step", "kimg", "distance", "overfitting", "augment_p", "sign_real", "features", "hardware"]
 
@@ -53,6 +54,7 @@ def cell(options, root: Path, data, train: Path, pipe: str):
     for name, target in (("train", train), ("val", data.folder / "lmdb" / "val")):
         if not (stores / name).exists():
             os.symlink(target.resolve(), stores / name)
+    open_store.cache_clear()
     train_gan(read_run(run.folder))
     lines = [json.loads(line) for line in run.path("stats.jsonl").read_text().splitlines()]
     return [line | {"pipe": pipe, "seed": options.seed} for line in lines if "distance" in line]
