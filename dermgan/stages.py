@@ -14,7 +14,7 @@ from .core import (ConfigError, DataMissing, Run, code_meaning, read_run, resour
 from .settings import cell_key
 from .report import notebook_cells, stage_logs
 
-# %% ../nbs/17_stages.ipynb #b4c9933d
+# %% ../nbs/17_stages.ipynb #fcc21601
 NEEDS = {
     "00_settings": (),
     "00_core": ("00_settings",),
@@ -29,6 +29,8 @@ NEEDS = {
     "04_formats": ("00_core",),
     "04_stylegan2": ("04_layers", "04_formats"),
     "05_gan": ("02_phantom", "03_metrics", "04_stylegan2"),
+    "05_cost": ("05_gan",),
+    "05_plan": ("05_cost",),
     "03_attributes": ("02_phantom",),
     "06_factorize": ("05_gan", "03_attributes"),
     "07_invert": ("05_gan",),
@@ -62,7 +64,7 @@ NEEDS = {
     "15_plant": ("13_lrp",),
     "15_distractors": ("11_grid", "13_lrp"),
     "index": ("09_explore", "12_labels", "12_results", "14_browse", "15_pcx", "15_plant", "15_distractors"),
-    "16_report": ("index",),
+    "16_report": ("05_plan", "index"),
     "16_publish": ("16_report",),
     "17_stages": ("16_publish",),
     "18_reproduce": ("17_stages",),
