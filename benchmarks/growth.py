@@ -4,8 +4,9 @@
 
 Points that results/growth.json holds are kept, so that a killed run goes on where it stopped; --again measures all anew. Times are
 processor seconds of all threads, which a busy machine disturbs little; memory is what a fresh process needs above its state.
-The network is the paper's (channel base 32768): two images at 32 to 512 px, and 2 to 16 images at 64 px, an average step with R1 every
-16th and path length every 4th time. A store holds 250 to 16,000 raw images of 64 px, read in random order.
+Image sizes: two images on the paper's network (channel base 32768), 32 to 512 px. Batches: 2 to 32 images on `ham`'s network (base 4096)
+at 64 px. Both in bfloat16, an average step with R1 every 16th and path length every 4th time, timed after one to warm up; at 512 px,
+where a step takes minutes, the first is timed. A store holds 250 to 16,000 raw images of 64 px, read in random order.
 """
 import argparse
 import json
@@ -24,13 +25,14 @@ from dermgan.cost import exponent, measure, memory_now, step_seconds
 from dermgan.store import Images, pack_images
 
 FILE = RESULTS / "growth.json"
-POINTS = {"image_px": (32, 64, 128, 256, 512), "batch": (2, 4, 8, 16), "data": (250, 1000, 4000, 16000)}
+POINTS = {"image_px": (32, 64, 128, 256, 512), "batch": (2, 4, 8, 16, 32), "data": (250, 1000, 4000, 16000)}
 
 
-def step(image_px: int, batch: int) -> dict:
-    "Processor seconds an image, and bytes above the state, of the paper's network."
-    p = replace(read_profile("paper"), gan_batch=batch)
-    found = measure(p, batch, "bf16", repeats=1, px=image_px)
+def step(profile: str, image_px: int, batch: int) -> dict:
+    "Processor seconds of an average step, and its peak above the state, of a profile's network with the paper's regularisers."
+    paper = read_profile("paper")
+    p = replace(read_profile(profile), gan_batch=batch, gan_pl_weight=paper.gan_pl_weight, gan_pl_every=paper.gan_pl_every)
+    found = measure(p, batch, "bf16", repeats=int(image_px < 512), px=image_px)
     peak = max(body["peak"] for body in found["bodies"].values())
     return {"seconds": batch * sum(step_seconds(found, p, "cpu_seconds").values()), "peak": peak, "held": found["held"],
             "bytes": peak - found["held"]}
@@ -73,7 +75,7 @@ def main() -> None:
         for x in POINTS[axis]:
             if (axis, x) in done:
                 continue
-            made = store(x) if axis == "data" else step(*((x, 2) if axis == "image_px" else (64, x)))
+            made = store(x) if axis == "data" else step(*(("paper", x, 2) if axis == "image_px" else ("ham", 64, x)))
             kept.append({"axis": axis, "x": x} | {k: round(v, 7) for k, v in made.items()})
             keep(kept)
             print(json.dumps(kept[-1]), flush=True)

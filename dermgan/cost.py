@@ -138,7 +138,7 @@ def memory_now(
     kib = {words[0]: int(words[1]) for words in lines if words[0].startswith("Vm")}
     return {"peak": kib["VmHWM:"] * 1024, "space": kib["VmPeak:"] * 1024, "now": kib["VmRSS:"] * 1024}
 
-# %% ../nbs/05_cost.ipynb #782b214f
+# %% ../nbs/05_cost.ipynb #332901b3
 def measure_here(
     p: Profile,  # settings; its batch is run at once
     precision: str,  # fp32 or bf16
@@ -161,6 +161,8 @@ def measure_here(
             wall, cpu = time.perf_counter(), time.process_time()
             losses = take(t, p, body, reals, rng(0, body, repeat))
             finite = all(math.isfinite(v) for v in losses.values())
+            if device != "cpu":
+                torch.cuda.synchronize()
             times.append(time.perf_counter() - wall)
             clocks.append(time.process_time() - cpu)
         now = memory_now(device)

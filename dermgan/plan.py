@@ -217,7 +217,7 @@ def later_stages(
         found["projector"] = p.invert_sources * steps * 2 * g
     return found
 
-# %% ../nbs/05_plan.ipynb #a31e7286
+# %% ../nbs/05_plan.ipynb #497ab940
 def plan_training(
     p: Profile,  # settings
     processes: int = 1,  # GPUs, or processes, that share a batch
@@ -251,7 +251,8 @@ def plan_training(
             "room_bytes": room["peak"], "fits": choice, "own_accumulate": p.gan_accumulate,
             "state_bytes": state_bytes(p), "flop_per_image": flop, "flop_per_second": rate,
             "seconds_per_image": seconds, "time": hours(p, seconds, processes), "disk_bytes": disk(p, count),
-            "dominates": dominates(p, seconds), "cuts": cuts(p, seconds, other), "stated": at, "waited": waited(best),
+            "dominates": dominates(p, seconds), "cuts": cuts(p, seconds, other), "stated": at,
+            "waited": waited(best),
             "later_days": {stage: 2 * macs / rate / 86400 for stage, macs in later.items()}}
 
 
@@ -275,7 +276,7 @@ def refuse(
                       f"A step of one image {need}; {least:.2f} GiB are there for a process.",
                       "Free some, take a larger card, or fewer pixels: --set image_px=N.")
 
-# %% ../nbs/05_plan.ipynb #b0c00bf5
+# %% ../nbs/05_plan.ipynb #03b6d144
 def size_text(
     size: float,  # bytes
 ) -> str:  # with a unit
@@ -325,5 +326,6 @@ def plan_text(
     lines += [f"  disk        {size_text(size)} {what}" for what, size in plan["disk_bytes"].items()]
     lines += ["  goes to     " + ", ".join(f"{k} {v:.0%}" for k, v in plan["dominates"].items())]
     lines += [f"  would save  {cut['saves']:.0%}  {cut['change']} ({cut['known']})" for cut in plan["cuts"]]
-    lines += [f"  later       {time_text(d)} {stage}, at this rate" for stage, d in plan["later_days"].items()]
+    later = plan["later_days"].items()
+    lines += [f"  later       {time_text(days)} {stage}, at this rate" for stage, days in later]
     return "\n".join(lines)

@@ -197,7 +197,7 @@ def stopped(
         print("\n".join(["\nSnakemake stopped:", *log.splitlines()[-12:]]), file=sys.stderr)
     return 1
 
-# %% ../nbs/18_reproduce.ipynb #1ecfe4ce
+# %% ../nbs/18_reproduce.ipynb #5b9b4405
 def made_run(
     words: dict,  # profile, run, published
 ) -> Run:  # the run whose generator is used
@@ -303,7 +303,7 @@ def plan_command(
     add("--profile", default="quick", help=f"{' | '.join(profile_names())} (default: quick)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting; may be repeated")
     add("--gpus", type=int, metavar="N", help="GPUs that share a batch (default: those here)")
-    add("--tflops", type=float, metavar="N", help="speed of a GPU that is not here, 10^12 operations a second")
+    add("--tflops", type=float, metavar="N", help="speed of a GPU that is not here: 10^12 FLOP/s")
     add("--memory", type=float, metavar="GIB", help="memory of a GPU that is not here")
     add("--images", type=int, metavar="N", help="images in the data set, where it is your own")
     add("--json", action="store_true", help="print the plan as JSON")
