@@ -18,7 +18,7 @@ from .core import DermganError, Profile, rng
 from .store import to_float
 from .stylegan2 import Discriminator, Generator, channels_at, resolutions
 
-# %% ../nbs/05_cost.ipynb #c6f15ff9
+# %% ../nbs/05_cost.ipynb #170e4700
 def generator_macs(
     p: Profile,  # sizes of the networks
 ) -> dict[int, float]:  # resolution -> multiply-adds an image; the mapping stands under 0
@@ -30,8 +30,7 @@ def generator_macs(
         styles = w * c + c * c + w * c
         found[px] = 9 * c * c * area + 3 * c * area + styles
         if px > 4:
-            taps = 4 * px // 2 * px // 2 * 3 + 4 * px // 2 * px * 3
-            found[px] += 9 * below * c * area / 4 + 16 * c * area + w * below + below * c + taps
+            found[px] += 9 * below * c * area / 4 + 16 * c * area + w * below + below * c + 9 * area
         below = c
     return found
 

@@ -108,21 +108,21 @@ def limited(limit: int):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit of the address space is Linux's")
 def test_running_out_of_memory_is_foreseen_and_the_part_that_is_proposed_fits():
-    p = replace(read_profile("smoke"), image_px=128, channel_base=1024, gan_batch=192, gan_fd_images=1)
+    p = replace(read_profile("smoke"), image_px=128, channel_base=1024, gan_batch=96)
     small = cost.measure(p, 2, "fp32", repeats=0)
-    limit = max(body["space"] for body in small["bodies"].values()) + 500 * 2**20
+    limit = max(body["space"] for body in small["bodies"].values()) + 300 * 2**20
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     changes = [word for key in ("image_px", "channel_base", "gan_batch") for word in ("--set", f"{key}={getattr(p, key)}")]
     command = [sys.executable, "-m", "dermgan.reproduce", "plan", "--profile", "smoke", "--json", "--set", "precision=fp32", *changes]
     done = subprocess.run(command, capture_output=True, text=True, env=env, preexec_fn=limited(limit))
     assert done.returncode == 0, done.stderr[-800:]
     made = json.loads(done.stdout)
-    assert made["fits"]["accumulate"] > 1 and made["fits"]["part"] * made["fits"]["accumulate"] == 192
+    assert made["fits"]["accumulate"] > 1 and made["fits"]["part"] * made["fits"]["accumulate"] == 96
     assert made["fits"]["mapped"] < limit
     code = ("import sys, json; from dermgan import cost; from dermgan.settings import read_profile; from dataclasses import replace\n"
             f"p = replace(read_profile('smoke'), image_px={p.image_px}, channel_base={p.channel_base})\n"
             "print(json.dumps([cost.measure(p, n, 'fp32', repeats=0, only=('R1', 'path length')) for n in map(int, sys.argv[1:])]))")
-    done = subprocess.run([sys.executable, "-c", code, str(made["fits"]["part"]), "192"], capture_output=True, text=True, env=env,
+    done = subprocess.run([sys.executable, "-c", code, str(made["fits"]["part"]), "96"], capture_output=True, text=True, env=env,
                           preexec_fn=limited(limit))
     fits, fails = json.loads(done.stdout.splitlines()[-1])
     assert "bodies" in fits and "full" in fails, done.stdout
@@ -153,6 +153,12 @@ def test_threads_that_crawl_are_warned_of_once_with_the_setting():
     assert said.count("UserWarning") == 1 and "3 threads on 1 cores" in said and "OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE" in said
     quiet = subprocess.run([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "1"}, **pinned).stderr
     assert quiet == ""
+
+
+def test_the_command_warns_before_it_measures():
+    words = [sys.executable, "-m", "dermgan.reproduce", "plan", "--profile", "smoke", "--gpus", "3"]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "99"})
+    assert done.returncode == 2 and "OpenMP starts 99 threads" in done.stderr and "shared by 3 processes" in done.stderr
 
 
 @pytest.mark.parametrize("told, cores, bound, load, said", [
