@@ -2,24 +2,24 @@
 
 # %% auto #0
 __all__ = ['arguments', 'settings_of', 'stage_name', 'waiting_for', 'restart', 'snakemake', 'planned', 'reproduce', 'say_holes',
-           'stopped', 'made_run', 'explore_command', 'merge_command', 'fetch_command', 'train_command', 'run_command',
-           'dispatch', 'main']
+           'stopped', 'made_run', 'explore_command', 'merge_command', 'fetch_command', 'train_command', 'stage_nets',
+           'plan_command', 'run_command', 'dispatch', 'main']
 
-# %% ../nbs/18_reproduce.ipynb #c1ec860d
-import argparse, fcntl, os, re, shlex, shutil, subprocess, sys, time
+# %% ../nbs/18_reproduce.ipynb #78c2221b
+import argparse, fcntl, json, os, re, shlex, shutil, subprocess, sys, time
 from pathlib import Path
 
 from .core import (ConfigError, DermganError, Run, profile_names, read_run, remove_temporaries,
                           resolve_run)
-from .settings import cell_key, cell_stage
+from .settings import cell_key, cell_stage, read_profile, warn_threads
 from .stages import (MARK, check_parameters, end_with_parent, execute, failed_cells, forget_incomplete,
                             gpus, made_files, plan, run_cell, run_environment, run_notebook, top)
 
-# %% ../nbs/18_reproduce.ipynb #7b0d2fa0
+# %% ../nbs/18_reproduce.ipynb #b87eb3ad
 def arguments() -> argparse.ArgumentParser:  # of ./reproduce.sh and `dermgan run`
     "The options of a reproduction."
     about = "Run the notebooks in order; figures and tables end in runs/. Also: ./reproduce.sh test | lab"
-    more = "Also: dermgan explore, dermgan augment DIR --out DIR, dermgan fetch NAME, dermgan readme."
+    more = "Also: dermgan plan, explore, augment DIR --out DIR, fetch NAME, readme; each with --help."
     parser = argparse.ArgumentParser("./reproduce.sh", description=about, epilog=more)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add = parser.add_argument
@@ -135,12 +135,13 @@ def planned(
     lines = [f"  {Path(output).stem}: {reasons.get(why.split()[0], why)}" for _, output, why in found]
     return "\n".join(lines) or "  nothing: everything is up to date"
 
-# %% ../nbs/18_reproduce.ipynb #562f2cda
+# %% ../nbs/18_reproduce.ipynb #35d63081
 def reproduce(
     options: argparse.Namespace,  # see `arguments`
     extra: list[str],  # passed to Snakemake as they are
 ) -> int:  # exit code
     "Run, or go on with, a reproduction; print where its results are."
+    warn_threads()
     until, begun = stage_name(options.until), time.time()
     again = stage_name(None if options.restart == "all" else options.restart)
     run = resolve_run(options.profile, options.seed, settings_of(options.set), options.data, options.weights,
@@ -196,7 +197,7 @@ def stopped(
         print("\n".join(["\nSnakemake stopped:", *log.splitlines()[-12:]]), file=sys.stderr)
     return 1
 
-# %% ../nbs/18_reproduce.ipynb #069f1031
+# %% ../nbs/18_reproduce.ipynb #f4ae6546
 def made_run(
     words: dict,  # profile, run, published
 ) -> Run:  # the run whose generator is used
@@ -283,6 +284,58 @@ def train_command(
     return 0
 
 
+def stage_nets(
+    p: "Profile",  # sizes of the networks
+) -> dict[str, float]:  # multiply-adds an image: architectures, "encoder", "hypernetwork"
+    "Count what later stages train, on tensors without data."
+    import torch
+    from dermgan.classify import build
+    from dermgan.hypernet import HyperNet
+    from dermgan.plan import forward_macs
+    from dermgan.stylegan2 import resolutions
+    from dermgan.trunk import Encoder
+    with torch.device("meta"):
+        image = torch.zeros(1, 3, p.image_px, p.image_px)
+        nets = {arch: forward_macs(build(arch), image) for arch in p.cls_archs}
+        encoder = Encoder(p.image_px, 2 * len(resolutions(p.image_px)), p.w_dim, p.enc_width, p.enc_units)
+        hyper = HyperNet(p.image_px, p.channel_base, p.channel_max, p.hyper_width, p.hyper_units,
+                         p.hyper_code)
+        small = torch.zeros(1, 3, encoder.px, encoder.px)
+        levels = zip(encoder.heads, encoder.eval().pyramid(small))
+        encoding = forward_macs(encoder.pyramid, small) + sum(forward_macs(head, x) for head, x in levels)
+        return nets | {"encoder": encoding, "hypernetwork": forward_macs(hyper, image, image)}
+
+
+def plan_command(
+    words: list[str],  # the command line after `dermgan plan`
+) -> int:  # exit code
+    "`dermgan plan --profile paper --gpus 4`: measure a few steps here; print hours, memory and disk."
+    about = "Measure a few real GAN steps here; print memory, hours, disk, and what would cut them."
+    parser = argparse.ArgumentParser("dermgan plan", description=about)
+    add = parser.add_argument
+    add("--profile", default="quick", help=f"{' | '.join(profile_names())} (default: quick)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting; may be repeated")
+    add("--gpus", type=int, metavar="N", help="GPUs that share a batch (default: those here)")
+    add("--tflops", type=float, metavar="N", help="speed of a GPU that is not here: 10^12 FLOP/s")
+    add("--memory", type=float, metavar="GIB", help="memory of a GPU that is not here")
+    add("--images", type=int, metavar="N", help="images in the data set, where it is your own")
+    add("--json", action="store_true", help="print the plan as JSON")
+    options = parser.parse_args(words)
+    for name in ("tflops", "memory", "images"):
+        if (value := getattr(options, name)) is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"--{name} {value} is not allowed.", f"--{name} takes a number above 0.",
+                              f"Correct it, or leave --{name} out.")
+    p = read_profile(options.profile, settings_of(options.set))
+    import torch
+    from dermgan.plan import plan_text, plan_training
+    warn_threads()
+    device, here = "cuda" if torch.cuda.is_available() else "cpu", torch.cuda.device_count() or 1
+    made = plan_training(p, here if options.gpus is None else options.gpus, device, options.images,
+                         options.tflops, options.memory, stage_nets(p))
+    print(json.dumps(made, indent=1) if options.json else plan_text(made, options.gpus is not None))
+    return 0
+
+
 def run_command(
     words: list[str],  # the command line
 ) -> int:  # exit code
@@ -330,6 +383,8 @@ def dispatch(
             return merge_command(rest)
         case ["fetch", *rest]:
             return fetch_command(rest)
+        case ["plan", *rest]:
+            return plan_command(rest)
         case ["readme"]:
             from dermgan.publish import write_readme
             return print(f"Wrote {write_readme(top()).name}") or 0

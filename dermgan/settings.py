@@ -4,11 +4,13 @@
 __all__ = ['CLASSES', 'SETS', 'CONTROLS', 'CHOSEN', 'DermganError', 'ConfigError', 'DataMissing', 'DataRefused', 'DataNotReady',
            'RunMismatch', 'DiskFull', 'NotFinite', 'ProcessLost', 'Profile', 'SetName', 'CellKey', 'parse_set',
            'plan_cells', 'cell_name', 'set_label', 'cell_key', 'cell_stage', 'resource', 'kind_name', 'typed',
-           'profile_names', 'read_profile']
+           'profile_names', 'read_profile', 'usable_cores', 'thread_advice', 'warn_threads']
 
-# %% ../nbs/00_settings.ipynb #236bc582
+# %% ../nbs/00_settings.ipynb #677fc06f
 import configparser
+import os
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -190,7 +192,7 @@ def cell_stage(
     stages |= dict.fromkeys(("drawn", "steps", "duplicates"), "10_augment")
     return stages.get(kind, "10_controls")
 
-# %% ../nbs/00_settings.ipynb #a1b8030f
+# %% ../nbs/00_settings.ipynb #8d1e469e
 def resource(
     name: str,  # file name at the top of the repository, or beside the installed modules
 ) -> Path:  # where the file lies
@@ -266,3 +268,37 @@ def read_profile(
     profile = Profile(name=name, **{key: typed(key, given[key], kinds[key]) for key in kinds})
     plan_cells(profile)
     return profile
+
+# %% ../nbs/00_settings.ipynb #c4cac0e5
+def usable_cores() -> int:  # 1 or more
+    "Cores that this process may use: those it is bound to, and no more than a container's quota."
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    most, period = quota.read_text().split() if quota.is_file() else ("max", "1")
+    return max(1, cores if most == "max" else min(cores, -(-int(most) // int(period))))
+
+
+def thread_advice(
+    told: dict[str, str],  # the environment
+    cores: int,  # that may be used
+    bound: int,  # that OpenMP sees: its threads where it is told nothing
+    load: float,  # processes that want to run, mean of a minute
+) -> str | None:  # what is wrong, and the setting to use
+    "Find a setting of OpenMP's threads that makes a training crawl."
+    first = told.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    threads = int(first) if first.isdigit() else bound
+    if threads > cores:
+        return (f"OpenMP starts {threads} threads on {cores} cores: they wait for each other. "
+                f"Set OMP_NUM_THREADS={cores} OMP_WAIT_POLICY=PASSIVE in front of the command.")
+    if load > cores and threads > 1 and told.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
+        return (f"{load:.1f} processes want {cores} cores, and OpenMP's threads spin while they wait. "
+                "Set OMP_WAIT_POLICY=PASSIVE in front of the command.")
+    return None
+
+
+def warn_threads() -> None:
+    "Warn, once, of a thread setting that makes a training crawl."
+    cores, load = usable_cores(), os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    if advice := thread_advice(dict(os.environ), cores, seen, load):
+        warnings.warn(advice)

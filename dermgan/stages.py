@@ -13,7 +13,7 @@ from .core import (ConfigError, DataMissing, Run, code_meaning, notebook_cells, 
                           short_key, write_text)
 from .settings import cell_key
 
-# %% ../nbs/17_stages.ipynb #f5691e9d
+# %% ../nbs/17_stages.ipynb #fda07c3a
 NEEDS = {
     "00_settings": (),
     "00_core": ("00_settings",),
@@ -34,6 +34,8 @@ NEEDS = {
     "04_transfer": ("04_stylegan2",),
     "04_samples": ("02_phantom", "03_metrics", "04_ada"),
     "05_gan": ("04_parallel", "04_samples", "04_transfer"),
+    "05_cost": ("05_gan",),
+    "05_plan": ("05_cost",),
     "03_attributes": ("02_phantom",),
     "06_factorize": ("05_gan", "03_attributes"),
     "07_invert": ("05_gan",),
@@ -67,7 +69,7 @@ NEEDS = {
     "15_plant": ("13_lrp",),
     "15_distractors": ("11_grid", "13_lrp"),
     "index": ("09_explore", "12_labels", "12_results", "14_browse", "15_pcx", "15_plant", "15_distractors"),
-    "16_report": ("index",),
+    "16_report": ("05_plan", "index"),
     "16_publish": ("16_report",),
     "17_stages": ("16_publish",),
     "18_reproduce": ("17_stages",),

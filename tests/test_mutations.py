@@ -69,7 +69,7 @@ def surroundings(folder: Path) -> dict:
 
 def test_files(folder: Path, module: str) -> list[str]:
     shared = {"warp": "ada", "convolution": "layers", "samples": "gan", "settings": "core", "lesson": "phantom", "report": "reproduce", "publish": "reproduce", "stages": "reproduce",
-              "layers": "stylegan2", "formats": "stylegan2", "allot": "classify", "controls": "augment", "grid": "classify", "labels": "explore", "trunk": "encode"}
+              "layers": "stylegan2", "formats": "stylegan2", "allot": "classify", "controls": "augment", "grid": "classify", "labels": "explore", "trunk": "encode", "cost": "plan"}
     names = [f"tests/test_{name}.py" for name in dict.fromkeys([module, shared.get(module, module)])]
     return [name for name in names if (folder / name).exists()]
 
