@@ -361,7 +361,7 @@ def require_finite(
                         f"First tensor that holds NaN or infinity: {first}.",
                         "The last good checkpoint is kept. Try --set precision=fp32 or half of gan_lr.")
 
-# %% ../nbs/05_gan.ipynb #5a331584
+# %% ../nbs/05_gan.ipynb #4334e58c
 def log(
     run: Run,  # its stats.jsonl
     entry: dict | None,  # appended as a line; None drops what lies after `step`
@@ -433,7 +433,7 @@ def train_gan(
         return open_generator(run)
     count = parallel.processes(p.processes, p.gan_batch, p.gan_accumulate, GROUP)
     if count > 1:
-        parallel.launch(run, ["-m", "dermgan.reproduce", "train", "gan", str(run.folder)], count)
+        parallel.start(run, "gan", count)
         return open_generator(run)
     (t, facts), images = resume(run, state), open_images(run, p.gan_split)
     parallel.require_same([torch.tensor(t.step)], "step", "Keep the run on a disk that all machines see.")
