@@ -3,18 +3,20 @@
 # %% auto #0
 __all__ = ['MOCO', 'NETS', 'PARTS', 'active_offsets', 'delta_penalty', 'code_loss', 'weigh', 'exchange', 'Fit', 'begin_fit',
            'require_finite', 'reconstruct', 'train_critic', 'descend', 'average_step', 'fit_step', 'open_features',
-           'fast_precision', 'fitted_by', 'decoder_key', 'last_quarter_gain', 'validate', 'keep', 'resume_fit',
-           'train_encoder', 'open_encoder']
+           'fast_precision', 'fitted_by', 'decoder_key', 'last_quarter_gain', 'validate', 'keep', 'saved_step',
+           'resume_fit', 'train_encoder', 'open_encoder']
 
-# %% ../nbs/07_encode.ipynb #ce2af6e8
+# %% ../nbs/07_encode.ipynb #c880090d
 import copy, json, math, time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Callable
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from . import parallel
 from .core import (DataMissing, DataRefused, NotFinite, Profile, Run, RunMismatch, check_made_by,
                           code_key, import_torchvision, load_state, load_weights, progress, rng, save_atomic,
                           save_weights, write_text)
@@ -27,7 +29,7 @@ from .metrics import open_lpips
 from .stylegan2 import Generator
 from .trunk import Critic, Encoder, Heads, Pyramid, Unit, trunk_strides
 
-# %% ../nbs/07_encode.ipynb #6a5a13e8
+# %% ../nbs/07_encode.ipynb #181e49ca
 def active_offsets(
     kimg: float,  # thousands of images seen
     start: float,  # kimg before the first offset
@@ -52,12 +54,13 @@ def code_loss(
     count: int,  # generated pairs of image and code
     stage: int,  # offsets in use
     generator: torch.Generator,  # of the codes
+    own: slice = slice(None),  # the pairs of this process
 ) -> torch.Tensor:  # scalar
     "Mean squared error of the codes of generated images, over their variance."
     with torch.no_grad():
         w = g.mapping(torch.randn(count, g.z_dim, generator=generator).to(g.w_avg))
-        images = render(g, w[:, None].expand(-1, g.num_ws, -1))
-        scale = (w - g.w_avg).square().mean()
+        scale, w = (w - g.w_avg).square().mean(), w[own]
+        images = render(g, w[:, None].expand(-1, g.num_ws, -1)).to(w.dtype)
     return (net(images, stage) - w[:, None]).square().mean() / scale
 
 
@@ -85,7 +88,7 @@ def exchange(
             out[i], pool[place] = pool[place], code
     return torch.stack(pool) if pool else codes[:0], torch.stack(out)
 
-# %% ../nbs/07_encode.ipynb #b2185f0d
+# %% ../nbs/07_encode.ipynb #adbec229
 @dataclass
 class Fit:
     "Everything that an encoder's training changes."
@@ -109,6 +112,7 @@ def begin_fit(
     net.w_avg.copy_(g.w_avg)
     net, critic = net.to(g.w_avg.device), critic.to(g.w_avg.device)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
+    parallel.share_norms(net)
     return Fit(net, ema, critic, torch.optim.RAdam(net.parameters(), p.enc_lr),
                torch.optim.Adam(critic.parameters(), p.enc_critic_lr), g.w_avg[None, :][:0].clone())
 
@@ -146,22 +150,23 @@ def reconstruct(
         parts["feature"] = (1 - F.cosine_similarity(features(images), wanted)).mean()
     return ws, parts
 
-# %% ../nbs/07_encode.ipynb #b05c1fb7
+# %% ../nbs/07_encode.ipynb #e3c34c0d
 def train_critic(
     t: Fit,  # its critic and pool change
     p: Profile,  # settings
     g: Generator,  # its mapping network is the truth
-    codes: torch.Tensor,  # the encoder's, [n, w_dim]
+    codes: torch.Tensor,  # the encoder's, of this process, [n, w_dim]
     gen: torch.Generator,  # of this step
 ) -> torch.Tensor:  # loss
-    "One step of the latent discriminator, and R1 when due."
-    t.pool, fakes = exchange(t.pool, codes.detach(), p.enc_pool, gen)
+    "One step of the latent discriminator, and R1 when due; every process does the whole of it."
+    t.pool, fakes = exchange(t.pool, parallel.gather(codes), p.enc_pool, gen)
     with torch.no_grad():
         reals = g.mapping(torch.randn(len(fakes), g.z_dim, generator=gen).to(g.w_avg))
-    loss = apply(t.opt_critic, [discriminator_loss(t.critic(fakes), t.critic(reals))])
+    each = 1 / parallel.world().size
+    loss = apply(t.opt_critic, [discriminator_loss(t.critic(fakes), t.critic(reals)) * each])
     if t.step % p.enc_r1_every == 0:
         penalty = r1_penalty(lambda x: t.critic(x[:, 0, 0]), reals[:, None, None], p.enc_r1_gamma)
-        apply(t.opt_critic, [penalty * p.enc_r1_every])
+        apply(t.opt_critic, [penalty * (p.enc_r1_every * each)])
     return loss
 
 
@@ -170,10 +175,12 @@ def descend(
     p: Profile,  # rate, and when it drops
     loss: torch.Tensor,  # to be lowered
     kimg: float,  # thousands of images seen
+    beside: "Iterable[torch.Tensor]" = (),  # become their means over the processes
 ) -> None:
     "One step of the encoder's optimiser, its gradient no longer than `enc_clip`; 0 does not clip."
     t.opt.zero_grad(set_to_none=True)
     loss.backward()
+    parallel.average([*(q.grad for q in t.net.parameters()), *beside])
     if p.enc_clip:
         nn.utils.clip_grad_norm_(t.net.parameters(), p.enc_clip)
     t.opt.param_groups[0]["lr"] = p.enc_lr * (0.1 if 0 < p.enc_drop_kimg <= kimg else 1)
@@ -203,25 +210,28 @@ def fit_step(
     seed: int,  # the run's
 ) -> dict[str, torch.Tensor]:  # losses
     "One training step, a pure function of the state, the seed and the step."
-    gen = rng(seed, "encoder", t.step)
+    gen, own = rng(seed, "encoder", t.step), parallel.share_of(p.enc_batch)
     kimg = t.step * p.enc_batch / 1000
     stage = active_offsets(kimg, p.enc_start_kimg, p.enc_every_kimg, g.num_ws)
-    targets = to_float(images.batch(batch_indices(len(images), p.enc_batch, seed, t.step))).to(g.w_avg.device)
-    ws, parts = reconstruct(t, p, g, lpips, features, flip_and_crop(targets, 1.0, gen), stage)
+    places = batch_indices(len(images), p.enc_batch, seed, t.step)[own]
+    targets = to_float(images.batch(places)).to(g.w_avg)
+    targets = flip_and_crop(targets, 1.0, gen, p.enc_batch, own.start)
+    ws, parts = reconstruct(t, p, g, lpips, features, targets, stage)
     codes = ws[:, :stage + 1].flatten(0, 1)
     if p.enc_adv_weight:
         parts["adv"] = generator_loss(t.critic.requires_grad_(False)(codes))
     if p.enc_synthetic_weight:
-        parts["synthetic"] = code_loss(t.net, g, p.enc_batch, stage, gen)
-    descend(t, p, weigh(parts, p), kimg)
+        parts["synthetic"] = code_loss(t.net, g, p.enc_batch, stage, gen, own)
+    total, parts = weigh(parts, p), {name: loss.detach().clone() for name, loss in parts.items()}
+    descend(t, p, total, kimg, parts.values())
     if p.enc_adv_weight:
         t.critic.requires_grad_(True)
         parts["critic"] = train_critic(t, p, g, codes, gen)
     t.step += 1
     average_step(t, p)
-    return {name: loss.detach() for name, loss in parts.items()}
+    return parts
 
-# %% ../nbs/07_encode.ipynb #b1c91960
+# %% ../nbs/07_encode.ipynb #5750c299
 MOCO = "moco_v2_800ep_pretrain.pth.tar"
 
 
@@ -261,11 +271,11 @@ def fast_precision(
             start = time.process_time()
             g.synthesis(ws, "const").float().sum().backward()
             seconds[name] = min(seconds.get(name, math.inf), time.process_time() - start)
-    chosen = min(seconds, key=seconds.get) if seconds else asked
+    chosen = parallel.agree(min(seconds, key=seconds.get) if seconds else asked)
     g.synthesis.compute_dtype = kinds[chosen]
     return chosen
 
-# %% ../nbs/07_encode.ipynb #274b6abb
+# %% ../nbs/07_encode.ipynb #5834372b
 NETS = ("net", "ema", "critic", "opt", "opt_critic")
 PARTS = ("pool", "step", "best", "history")
 
@@ -278,7 +288,7 @@ def fitted_by(
     "The settings, generator and code that an encoder depends on."
     code = code_key(Unit, Heads, trunk_strides, Pyramid, Encoder, Critic, exchange, active_offsets,
                     delta_penalty, code_loss, weigh, begin_fit, reconstruct, train_critic, descend,
-                    average_step, fit_step, losses, batch_indices, flip_and_crop)
+                    average_step, fit_step, losses, batch_indices, flip_and_crop, apply, parallel.average)
     kept = {k: v for k, v in vars(run.profile).items() if k.startswith("enc_") or k in GAN_KEYS}
     kept.pop("enc_kimg")  # a longer training begins as a shorter one
     facts = {"seed": run.seed, "lpips": lpips.name, "generator": decoder_key(g), "code": code}
@@ -310,7 +320,7 @@ def validate(
         parts = [(render(g, net(part)) - part).square().mean((1, 2, 3)) for part in images.split(64)]
         return float(torch.cat(parts).mean())
 
-# %% ../nbs/07_encode.ipynb #5a04981b
+# %% ../nbs/07_encode.ipynb #1a1b8f91
 def keep(
     run: Run,  # where to write
     t: Fit,  # its best and history change
@@ -330,6 +340,13 @@ def keep(
     save_atomic(run.path("ckpt", "encoder.pt"), nets | {k: getattr(t, k) for k in PARTS} | facts)
 
 
+def saved_step(
+    file: Path,  # a checkpoint, which may not be there
+) -> int:  # 0 where nothing is saved
+    "How far a training has come."
+    return load_state(file)["step"] if file.exists() else 0
+
+
 def resume_fit(
     run: Run,  # its checkpoint, if there is one
     g: Generator,  # the run's; its compute_dtype is set
@@ -347,7 +364,7 @@ def resume_fit(
     precision = fast_precision(g, state.get("precision", p.precision), p.enc_batch)
     return t, {"made_by": current, "precision": precision}
 
-# %% ../nbs/07_encode.ipynb #461e8681
+# %% ../nbs/07_encode.ipynb #fd556feb
 def train_encoder(
     run: Run,  # settings, generator and images
 ) -> Encoder:  # the best on validation, in eval mode
@@ -359,22 +376,28 @@ def train_encoder(
     if len(images) < p.enc_batch:
         raise DataRefused(f"lmdb/train has {len(images)} images.", f"An encoder's batch takes {p.enc_batch}.",
                           f"Give more images, or --set enc_batch={max(1, len(images))}")
+    total, every = (max(1, round(k * 1000 / p.enc_batch)) for k in (p.enc_kimg, p.enc_tick_kimg))
+    count = parallel.processes(p.processes, p.enc_batch)
+    if count > 1 and saved_step(run.path("ckpt", "encoder.pt")) < total:
+        parallel.start(run, "encoder", count)
+        return open_encoder(run)
     g, lpips = open_generator(run).to(device), open_lpips(run.weights).to(device)
     features = open_features(run, device)
     t, facts = resume_fit(run, g, lpips)
     held = to_float(val.batch(torch.randperm(len(val), generator=rng(run.seed, "encoder"))[:256])).to(device)
-    total, every = (max(1, round(k * 1000 / p.enc_batch)) for k in (p.enc_kimg, p.enc_tick_kimg))
     kimg, seen = p.enc_batch / 1000, []
     bar = progress(total=total * kimg, what="encoder", unit="kimg", initial=t.step * kimg)
     while t.step < total:
         seen.append(fit_step(t, p, g, lpips if p.enc_lpips_weight else None, features, images, run.seed))
         bar.update(kimg)
         if t.step % every == 0 or t.step == total:
-            row = {name: float(torch.stack([logs[name] for logs in seen]).mean()) for name in seen[0]}
-            row = {"train_l2" if k == "l2" else k: v for k, v in row.items()}
-            keep(run, t, facts, row | {"l2": validate(t.ema, g, held)})
-            bar.set_postfix_str(f"L2 {t.best:.4f}")
+            if parallel.world().rank == 0:
+                row = {name: float(torch.stack([logs[name] for logs in seen]).mean()) for name in seen[0]}
+                row = {"train_l2" if k == "l2" else k: v for k, v in row.items()}
+                keep(run, t, facts, row | {"l2": validate(t.ema, g, held)})
+                bar.set_postfix_str(f"L2 {t.best:.4f}")
             seen = []
+    parallel.wait()
     bar.close()
     return open_encoder(run)
 

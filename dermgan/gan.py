@@ -66,7 +66,7 @@ def path_lengths(
     (gradient,) = torch.autograd.grad((images * noise).sum(), ws, create_graph=True)
     return gradient.square().sum(2).mean(1).sqrt()
 
-# %% ../nbs/05_gan.ipynb #51f69bea
+# %% ../nbs/05_gan.ipynb #be67874e
 def mixing_cut(
     num_ws: int,  # layers that take a code
     mixing: float,  # probability of a second code
@@ -270,7 +270,7 @@ def train_step(
     update_average(t, p)
     return logs
 
-# %% ../nbs/05_gan.ipynb #cc4b98a2
+# %% ../nbs/05_gan.ipynb #51ccf486
 def pick_precision(
     p: Profile,  # its `precision` decides unless "auto"
     device: str = "cpu",  # where to train
@@ -350,7 +350,7 @@ def require_finite(
                         f"First tensor that holds NaN or infinity: {first}.",
                         "The last good checkpoint is kept. Try --set precision=fp32 or half of gan_lr.")
 
-# %% ../nbs/05_gan.ipynb #62394d7f
+# %% ../nbs/05_gan.ipynb #2c1686eb
 def write_down(
     run: Run,  # where to write
     t: Training,  # after a step
@@ -407,7 +407,7 @@ def train_gan(
         return open_generator(run)
     count = parallel.processes(p.processes, p.gan_batch, p.gan_accumulate, GROUP)
     if count > 1:
-        parallel.launch(run, ["-m", "dermgan.reproduce", "train", "gan", str(run.folder)], count)
+        parallel.start(run, "gan", count)
         return open_generator(run)
     (t, facts), images = resume(run, state), open_images(run, p.gan_split)
     parallel.require_same([torch.tensor(t.step)], "step", "Keep the run on a disk that all machines see.")

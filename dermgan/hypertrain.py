@@ -6,7 +6,7 @@ __all__ = ['Losses', 'target_features', 'reconstruction_loss', 'Refining', 'Froz
            'convolution_precision', 'freeze', 'pass_errors', 'keep_hyper', 'write_history', 'require_finite_loss',
            'resume_hyper', 'train_hyperstyle', 'publish_hyper', 'open_hyperstyle', 'load_hyperstyle']
 
-# %% ../nbs/08_hypertrain.ipynb #b3ef3d98
+# %% ../nbs/08_hypertrain.ipynb #8247597a
 import json, math, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +16,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from . import parallel
 from .core import (ConfigError, DataMissing, DataRefused, NotFinite, Profile, Run, check_made_by, code_key,
                           load_state, load_weights, progress, rng, save_atomic, save_weights, write_text)
 from .data import Images, open_images, to_float
-from .encode import decoder_key, open_encoder
+from .encode import decoder_key, open_encoder, saved_step
 from .gan import batch_indices, flip_and_crop, open_generator
 from .hypernet import (Affine, Basic, HyperNet, Offsets, draw_tuned, head, refinements,
                               synthesize_tuned, trunk, tuned_conv, tuned_layer, tuned_layers)
@@ -66,7 +67,7 @@ def reconstruction_loss(
         total = total + losses.feature_weight * apart
     return total, l2.detach()
 
-# %% ../nbs/08_hypertrain.ipynb #3cf5f499
+# %% ../nbs/08_hypertrain.ipynb #a5b5b8bc
 @dataclass
 class Refining:
     "Everything that a training step changes."
@@ -126,8 +127,10 @@ def hyper_step(
     seed: int,  # the run's seed
 ) -> dict[str, torch.Tensor]:  # loss and squared error of the last pass
     "T passes, each backpropagated by itself, and one step; a pure function of state, seed and step."
-    chosen = images.batch(batch_indices(len(images), p.hyper_batch, seed, t.step))
-    x = flip_and_crop(to_float(chosen.to(nets.g.w_avg.device)), 1.0, rng(seed, "hyper", t.step))
+    own = parallel.share_of(p.hyper_batch)
+    chosen = images.batch(batch_indices(len(images), p.hyper_batch, seed, t.step)[own])
+    x = to_float(chosen.to(nets.g.w_avg.device)).to(nets.g.w_avg.dtype)
+    x = flip_and_crop(x, 1.0, rng(seed, "hyper", t.step), p.hyper_batch, own.start)
     ws, kept = start_codes(nets.encoder, x, p.hyper_start), target_features(nets.losses, x)
     t.adam.param_groups[0]["lr"] = p.hyper_lr * step_size((t.step + 1) / (hyper_steps(p) + 1))
     t.adam.zero_grad(set_to_none=True)
@@ -135,9 +138,11 @@ def hyper_step(
     for _, drawn in refinements(t.hyper, nets.g, x, ws, passes):
         loss, l2 = reconstruction_loss(drawn, x, nets.losses, kept)
         loss.mean().backward()
+    logs = {"loss": loss.detach().mean(), "l2": l2.mean()}
+    parallel.average([*(q.grad for q in t.hyper.parameters()), *logs.values()])
     t.adam.step()
     t.step += 1
-    return {"loss": loss.detach().mean(), "l2": l2.mean()}
+    return logs
 
 
 def hyper_steps(
@@ -146,7 +151,7 @@ def hyper_steps(
     "How many steps the training takes."
     return max(1, round(p.hyper_kimg * 1000 / p.hyper_batch))
 
-# %% ../nbs/08_hypertrain.ipynb #1c181d77
+# %% ../nbs/08_hypertrain.ipynb #19732106
 def hyper_made_by(
     run: Run,  # settings and seed
     nets: Frozen,  # their weights count
@@ -154,7 +159,7 @@ def hyper_made_by(
     "The settings, code and weights that a hypernetwork depends on."
     code = code_key(tuned_layers, Offsets, Affine, Basic, trunk, head, HyperNet, tuned_conv, tuned_layer,
                     synthesize_tuned, refinements, draw_tuned, reconstruction_loss, start_codes, passes_at,
-                    hyper_step, step_size)
+                    hyper_step, step_size, parallel.average)
     settings = {k: v for k, v in vars(run.profile).items() if k.startswith("hyper_")} | {"seed": run.seed}
     lpips = nets.losses.lpips.name if nets.losses.lpips else None
     return json.loads(json.dumps(settings | net_keys(nets.g, nets.encoder) | {"lpips": lpips, "code": code}))
@@ -252,7 +257,7 @@ def require_finite_loss(
         raise NotFinite(f"The loss is not finite at step {t.step}.", f"hyper_lr is {p.hyper_lr}.",
                         "The last good checkpoint is kept. Try --set precision=fp32 or half of hyper_lr.")
 
-# %% ../nbs/08_hypertrain.ipynb #fedde4ed
+# %% ../nbs/08_hypertrain.ipynb #26ac5900
 def resume_hyper(
     run: Run,  # its checkpoint, if there is one
     nets: Frozen,  # generator and encoder
@@ -264,7 +269,9 @@ def resume_hyper(
         return t, {"precision": convolution_precision(run.profile), "made_by": current}
     state = load_state(file)
     check_made_by(state["made_by"], current, "ckpt/hyperstyle.pt")
-    write_history(run, unpack_hyper(t, state))
+    unpack_hyper(t, state)
+    if parallel.world().rank == 0:
+        write_history(run, t)
     return t, {key: state[key] for key in ("precision", "made_by")}
 
 
@@ -272,12 +279,17 @@ def train_hyperstyle(
     run: Run,  # settings, data, generator, encoder
 ) -> HyperNet:  # in eval mode
     "Train to `hyper_kimg`, or go on from a checkpoint. NotFinite, RunMismatch, ConfigError for few images."
-    p, nets, images = run.profile, freeze(run), open_images(run, "train")
+    p, images, total = run.profile, open_images(run, "train"), hyper_steps(run.profile)
     if len(images) < p.hyper_batch:
         raise ConfigError(f"{len(images)} training images do not fill a batch.",
                           f"hyper_batch is {p.hyper_batch}.",
                           f"Set hyper_batch to {len(images)} or less: --set hyper_batch={len(images)}")
-    (t, facts), total = resume_hyper(run, nets), hyper_steps(p)
+    count = parallel.processes(p.processes, p.hyper_batch)
+    if count > 1 and saved_step(run.path("ckpt", "hyperstyle.pt")) < total:
+        parallel.start(run, "hyperstyle", count)
+        return open_hyperstyle(run)
+    nets = freeze(run)
+    t, facts = resume_hyper(run, nets)
     nets.g.synthesis.compute_dtype = torch.bfloat16 if facts["precision"] == "bf16" else None
     val = open_images(run, "val")
     val = to_float(val.batch(range(min(64, len(val))))).to(nets.g.w_avg)
@@ -288,14 +300,18 @@ def train_hyperstyle(
         bar.update(1)
         if t.step % every == 0 or t.step == total:
             require_finite_loss(logs, t, p)
-            entry = {"step": t.step, "kimg": t.step * p.hyper_batch / 1000}
-            entry |= {k: round(float(v), 7) for k, v in logs.items()} | pass_errors(t, p, nets, val)
-            bar.set_postfix_str(f"L2 {entry['l2_0']:.4f} to {entry['l2_last']:.4f}")
-            entry["seconds"] = round((time.perf_counter() - began) / (t.step - first), 4)
-            t.history.append(entry)
-            keep_hyper(run, t, facts)
+            if parallel.world().rank == 0:
+                entry = {"step": t.step, "kimg": t.step * p.hyper_batch / 1000}
+                entry |= {k: round(float(v), 7) for k, v in logs.items()} | pass_errors(t, p, nets, val)
+                bar.set_postfix_str(f"L2 {entry['l2_0']:.4f} to {entry['l2_last']:.4f}")
+                entry["seconds"] = round((time.perf_counter() - began) / (t.step - first), 4)
+                t.history.append(entry)
+                keep_hyper(run, t, facts)
     bar.close()
-    return publish_hyper(run, t.hyper, nets)
+    if parallel.world().rank == 0:
+        publish_hyper(run, t.hyper, nets)
+    parallel.wait()
+    return open_hyperstyle(run)
 
 # %% ../nbs/08_hypertrain.ipynb #f3e6d3f4
 def publish_hyper(

@@ -15,11 +15,12 @@ from .settings import cell_key, cell_stage, read_profile, warn_threads
 from .stages import (MARK, check_parameters, end_with_parent, execute, failed_cells, forget_incomplete,
                             gpus, made_files, plan, run_cell, run_environment, run_notebook, top)
 
-# %% ../nbs/18_reproduce.ipynb #b87eb3ad
+# %% ../nbs/18_reproduce.ipynb #7b4c210b
 def arguments() -> argparse.ArgumentParser:  # of ./reproduce.sh and `dermgan run`
     "The options of a reproduction."
     about = "Run the notebooks in order; figures and tables end in runs/. Also: ./reproduce.sh test | lab"
-    more = "Also: dermgan plan, explore, augment DIR --out DIR, fetch NAME, readme; each with --help."
+    more = ("Also: dermgan plan, explore, augment DIR --out DIR, fetch NAME, readme, train gan RUN; "
+            "each but the last with --help.")
     parser = argparse.ArgumentParser("./reproduce.sh", description=about, epilog=more)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add = parser.add_argument
@@ -197,7 +198,7 @@ def stopped(
         print("\n".join(["\nSnakemake stopped:", *log.splitlines()[-12:]]), file=sys.stderr)
     return 1
 
-# %% ../nbs/18_reproduce.ipynb #f4ae6546
+# %% ../nbs/18_reproduce.ipynb #c1173b84
 def made_run(
     words: dict,  # profile, run, published
 ) -> Run:  # the run whose generator is used
@@ -272,15 +273,16 @@ def fetch_command(
 
 
 def train_command(
-    what: str,  # gan
+    what: str,  # gan, encoder or hyperstyle
     folder: Path,  # a run's folder
 ) -> int:  # exit code
     "`dermgan train gan DIR`: one long training; under torchrun, this process's share of it."
-    from dermgan import gan, parallel
+    from dermgan import encode, gan, hypertrain, parallel
     end_with_parent()
     run = read_run(folder)
     with parallel.join(run):
-        {"gan": gan.train_gan}[what](run)
+        {"gan": gan.train_gan, "encoder": encode.train_encoder,
+         "hyperstyle": hypertrain.train_hyperstyle}[what](run)
     return 0
 
 
@@ -365,7 +367,7 @@ def dispatch(
         case ["cell", name, "--run", folder]:
             end_with_parent()
             return run_cell(name, Path(folder))
-        case ["train", "gan" as what, folder]:
+        case ["train", "gan" | "encoder" | "hyperstyle" as what, folder]:
             return train_command(what, Path(folder))
         case ["train", *rest]:
             end_with_parent()

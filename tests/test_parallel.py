@@ -42,9 +42,10 @@ STEPS = """
 import sys, torch
 from dataclasses import replace
 from pathlib import Path
-from dermgan import gan, parallel
+from dermgan import encode, gan, hypertrain, parallel
 from dermgan.core import read_run
 from dermgan.data import open_images
+from dermgan.stylegan2 import Generator
 
 def steps(run, cuts, count, state=None):
     "Train in float64 with every phase due, noise switched on, from a state where one is given."
@@ -60,13 +61,43 @@ def steps(run, cuts, count, state=None):
     torch.set_default_dtype(torch.float32)
     return gan.pack(t, {"logs": logs})
 
+def toy():
+    "A generator to be inverted."
+    torch.manual_seed(5)
+    g = Generator(16, 8, 8, 128, 16, 2).eval().requires_grad_(False)
+    g.w_avg.copy_(g.mapping(torch.randn(64, 8)).mean(0))
+    return g
+
+def encode_steps(run):
+    "Four steps of the encoder in float64, with every loss on, clipped, its pool full from the second step."
+    torch.set_default_dtype(torch.float64)
+    p = replace(run.profile, enc_batch=8, enc_width=4, enc_clip=0.05, enc_synthetic_weight=0.3, enc_pool=12, enc_r1_every=2,
+                enc_start_kimg=0.0, enc_every_kimg=0.008)
+    g = toy()
+    t = encode.begin_fit(p, g, 0)
+    logs = [encode.fit_step(t, p, g, None, None, open_images(run, "train"), 0) for _ in range(4)]
+    torch.set_default_dtype(torch.float32)
+    kept = {name: getattr(t, name).state_dict() for name in encode.NETS}
+    return kept | {"pool": t.pool, "logs": [{k: v.item() for k, v in row.items()} for row in logs]}
+
+def hyper_steps(run):
+    "Four steps of HyperStyle in float64, two passes each."
+    torch.set_default_dtype(torch.float64)
+    p, g = replace(run.profile, hyper_batch=8, hyper_passes=2, hyper_ramp=0.0), toy()
+    nets = hypertrain.Frozen(g, lambda x: g.w_avg.expand(len(x), g.num_ws, -1), hypertrain.Losses(lpips_weight=0))
+    t = hypertrain.begin_hyper(p, g, 0)
+    logs = [hypertrain.hyper_step(t, p, nets, open_images(run, "train"), 0) for _ in range(4)]
+    torch.set_default_dtype(torch.float32)
+    kept = {"hyper": t.hyper.state_dict(), "adam": t.adam.state_dict()}
+    return kept | {"logs": [{k: v.item() for k, v in row.items()} for row in logs]}
+
 if __name__ == "__main__":
     run = read_run(Path(sys.argv[1]))
     with parallel.join(run) as here:
-        for cuts in map(int, sys.argv[3:]):
-            state = steps(run, cuts, 4)
+        for what in sys.argv[3:]:
+            state = {"encoder": encode_steps, "hyper": hyper_steps}[what](run) if what.isalpha() else steps(run, int(what), 4)
             if here.rank == here.size - 1:
-                torch.save(state, f"{sys.argv[2]}-{here.size}x{cuts}.pt")
+                torch.save(state, f"{sys.argv[2]}-{here.size}x{what}.pt")
 """
 
 
@@ -81,7 +112,7 @@ def flat(state):
         elif isinstance(value, torch.Tensor | float | int):
             found[name] = torch.as_tensor(value, dtype=torch.float64).flatten()
 
-    add("", {k: v for k, v in state.items() if k in ("g", "d", "ema", "opt_g", "opt_d", "pl_mean", "step", "logs")})
+    add("", {k: v for k, v in state.items() if k not in ("best", "precision")})
     return found
 
 
@@ -99,7 +130,7 @@ def script(tmp_path_factory):
     file.write_text(STEPS)
     names = {"__name__": "steps"}
     exec(compile(STEPS, str(file), "exec"), names)
-    return file, names["steps"]
+    return file, names["steps"], {"encoder": names["encode_steps"], "hyper": names["hyper_steps"]}
 
 
 @pytest.fixture(scope="module")
@@ -117,13 +148,14 @@ def test_parts_of_a_batch_give_the_numbers_of_the_whole(alone, script):
         assert difference(whole, script[1](run, cuts, 4))[0] < 1e-10
 
 
-@pytest.mark.parametrize("count, cuts", [(2, (1, 2)), (4, (1,))])
-def test_processes_give_the_numbers_of_one(alone, script, tmp_path, count, cuts):
+@pytest.mark.parametrize("count, what", [(2, ("1", "2", "encoder", "hyper")), (4, ("1", "encoder"))])
+def test_processes_give_the_numbers_of_one(alone, script, tmp_path, count, what):
     run, whole = alone
-    done = torchrun(count, script[0], run.folder, tmp_path / "state", *cuts)
+    done = torchrun(count, script[0], run.folder, tmp_path / "state", *what)
     assert done.returncode == 0, done.stderr[-2000:]
-    for cut in cuts:
-        assert difference(whole, load_state(tmp_path / f"state-{count}x{cut}.pt"))[0] < 1e-10
+    for name in what:
+        one = script[2][name](run) if name.isalpha() else whole
+        assert difference(one, load_state(tmp_path / f"state-{count}x{name}.pt"))[0] < 1e-10, name
 
 
 def test_another_layout_goes_on_from_a_state(alone, script):
@@ -138,17 +170,17 @@ import os, signal, sys
 from pathlib import Path
 from dermgan import gan, reproduce
 
-step, victim, at = gan.train_step, *map(int, sys.argv[2:])
+to_float, (victim, at), calls = gan.to_float, map(int, sys.argv[2:]), 0
 
-def dying(t, *rest):
-    "Kill one process without a word, in the middle between two checkpoints, the first time it gets there."
-    if t.step == at and os.environ["RANK"] == str(victim) and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+def dying(images):
+    "Kill one process without a word, between two checkpoints, the first time it gets there; or hand it nonsense."
+    global calls
+    calls += 1
+    if calls == at + 1 and os.environ["RANK"] == str(victim) and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
-    if t.step == at and victim < 0:
-        t.d.b16.conv0.weight.data[0, 0, 0, 0] = float("nan")
-    return step(t, *rest)
+    return to_float(images) * (float("nan") if calls == at + 1 and victim < 0 else 1)
 
-gan.train_step = dying
+gan.to_float = dying
 sys.exit(reproduce.main(["train", "gan", sys.argv[1]]))
 """
 
