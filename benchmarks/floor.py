@@ -37,8 +37,9 @@ class Traffic(TorchDispatchMode):
 
 
 def count(work) -> tuple[float, float, float]:
-    "GFLOP, and 10**9 numbers moved by products and by all operations."
-    with Traffic() as traffic:
+    "GFLOP, and 10**9 numbers moved by products and by all operations, in the plain form of each layer."
+    from dermgan.convolution import plain_form
+    with Traffic() as traffic, plain_form():
         work()
     return traffic.flops / 1e9, traffic.products / 1e9, traffic.all / 1e9
 
@@ -52,10 +53,10 @@ def step(px: int, base: int, batch: int) -> dict:
     with torch.device("meta"):
         t = gan.begin(p, 0, "fp32", "meta")
     reals, draw = torch.empty(batch, 3, px, px, device="meta"), rng(0, "floor")
-    fake = lambda n: t.g.synthesis(gan.mixed_codes(t.g, n, 0.0, draw), "random", draw)
+    fake = lambda n: t.g.synthesis(gan.mixed_codes(t.g, n, t.g.num_ws, draw), "random", draw)
 
     def path():
-        ws = gan.mixed_codes(t.g, max(batch // 2, 1), 0.0, draw)
+        ws = gan.mixed_codes(t.g, max(batch // 2, 1), t.g.num_ws, draw)
         gan.path_lengths(lambda w: t.g.synthesis(w, "random", draw), ws, draw).mean().backward()
 
     def generator():

@@ -122,4 +122,4 @@ def test_every_named_benchmark_has_its_script_and_takes_its_options(bench):
         flags = {w for w in (b.options + " " + b.quick).split() if w.startswith("--")} | ({"--peer"} if b.peers else set())
         assert all(f'"{flag}"' in text for flag in flags), name
     left = {p.stem for p in PLACE.glob("*.py")} - {b.script for b in run.ALL.values()}
-    assert left == {"common", "run", "floor"}
+    assert left == {"common", "run", "floor", "growth", "ada"}   # shared code; counts; studies of hours
