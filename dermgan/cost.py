@@ -48,8 +48,8 @@ def discriminator_macs(
         found[px] += c * low * area / 4 + 16 * c * area / 4 + (3 * c * area if px == p.image_px else 0)
     return found
 
-# %% ../nbs/05_cost.ipynb #8ca221ab
-PASSES = {"generator": (3, 2), "path length": (3.5, 0), "discriminator": (1, 6), "R1": (0, 7)}
+# %% ../nbs/05_cost.ipynb #1a92326f
+PASSES = {"generator": (3, 2), "path length": (3, 0), "discriminator": (1, 6), "R1": (0, 6)}
 
 
 def shares(

@@ -272,7 +272,7 @@ def stopped(
     kind, *lines = json.loads(note.read_text())
     return getattr(settings, kind)(*lines)
 
-# %% ../nbs/04_parallel.ipynb #f53f163e
+# %% ../nbs/04_parallel.ipynb #7e5fedaf
 def start(
     run: Run,  # with a long training to do
     what: str,  # gan, encoder or hyperstyle
@@ -291,9 +291,9 @@ def launch(
     "Run a program in several processes of this machine. Its own DermganError; ProcessLost if it died."
     note, tail = run.path("logs", "parallel.note"), collections.deque(maxlen=20)
     note.unlink(missing_ok=True)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     home = str(Path(settings.__file__).resolve().parents[1])
-    told = {"OMP_NUM_THREADS": str(max(1, cores // count)), "DERMGAN_PROGRESS": "/dev/stdout"}
+    threads = max(1, settings.usable_cores() // count)
+    told = {"OMP_NUM_THREADS": str(threads), "DERMGAN_PROGRESS": "/dev/stdout"}
     path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
                "--max-restarts", str(restarts), *words]

@@ -5,7 +5,7 @@ __all__ = ['SPARE', 'room_here', 'parts', 'fitting', 'likely_precision', 'measur
            'cuts', 'dominates', 'forward_macs', 'later_stages', 'plan_training', 'waited', 'refuse', 'size_text',
            'time_text', 'plan_text']
 
-# %% ../nbs/05_plan.ipynb #dedfe91c
+# %% ../nbs/05_plan.ipynb #d0a1cad6
 import math, os
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from .core import ConfigError, Profile
 from .cost import (PASSES, discriminator_macs, fit_memory, generator_macs, measure, memory_at, shares,
                           state_bytes, step_macs, step_seconds)
+from .layers import GROUP
 from .settings import plan_cells
 from .stylegan2 import resolutions
 
@@ -40,7 +41,7 @@ def room_here(
     space = getrlimit(RLIMIT_AS)[0]
     return {"peak": min(free), "space": math.inf if space == RLIM_INFINITY else float(space)}
 
-# %% ../nbs/05_plan.ipynb #de534eca
+# %% ../nbs/05_plan.ipynb #bde14030
 SPARE = 1.08
 
 
@@ -48,14 +49,16 @@ def parts(
     p: Profile,  # its batch and accumulation
     processes: int,  # that share a batch
 ) -> list[tuple[int, int]]:  # accumulation, images at once; from the profile's own on
-    "The ways to cut a batch. ConfigError if it cannot be shared."
-    if processes < 1 or p.gan_batch % processes:
+    "The ways to cut a batch that a training takes. ConfigError if there is none."
+    group = min(GROUP, p.gan_batch)
+    count, whole = p.gan_batch // group, p.gan_batch % group == 0
+    ways = [(k, group * count // (processes * k)) for k in range(p.gan_accumulate, count + 1)
+            if processes > 0 and whole and count % (processes * k) == 0]
+    if not ways:
         raise ConfigError(f"A batch of {p.gan_batch} images cannot be shared by {processes} processes.",
-                          "Each takes the same number of whole images.",
-                          "Change --gpus, or the batch: --set gan_batch=N with N a multiple of --gpus.")
-    own = p.gan_batch // processes
-    return [(k, own // k) for k in range(p.gan_accumulate, own + 1)
-            if own % k == 0 and own // k % min(4, own // k) == 0]
+                          f"Each part of each takes the same number of whole groups of {group} images.",
+                          f"Change --gpus, or --set gan_batch=N with N a multiple of {group} x --gpus.")
+    return ways
 
 
 def fitting(
@@ -63,7 +66,7 @@ def fitting(
     processes: int,  # that share a batch
     measured: list[dict],  # from `cost.measure`; those that did not fit bound the part
     room: dict[str, float],  # bytes a process may have, from `room_here`
-) -> dict | None:  # accumulate, part, bytes and the body that needs them; None if one image is too many
+) -> dict | None:  # accumulate, part, bytes and the body that needs them; None if the smallest is too large
     "The largest part of a batch that fits."
     fits = [m for m in measured if "bodies" in m]
     if not fits:
@@ -217,7 +220,7 @@ def later_stages(
         found["projector"] = p.invert_sources * steps * 2 * g
     return found
 
-# %% ../nbs/05_plan.ipynb #497ab940
+# %% ../nbs/05_plan.ipynb #8a1d36e1
 def plan_training(
     p: Profile,  # settings
     processes: int = 1,  # GPUs, or processes, that share a batch
@@ -236,7 +239,7 @@ def plan_training(
     measured = measured or measure_parts(p, processes, precision, device, room)
     choice = fitting(p, processes, measured, room)
     if choice is None:
-        refuse(measured, room)
+        refuse(measured, room, parts(p, processes)[-1][1])
     best = [m for m in measured if "bodies" in m][-1]
     seconds, other = step_seconds(best, p), None
     if precision == "fp32" and sum(body["seconds"] for body in best["bodies"].values()) < 10:
@@ -267,13 +270,15 @@ def waited(
 def refuse(
     measured: list[dict],  # from `measure_parts`
     room: dict[str, float],  # from `room_here`
+    part: int,  # images at once, the fewest
 ) -> None:
-    "ConfigError: not even one image at once fits."
+    "ConfigError: not even the smallest part fits."
     fits = [m for m in measured if "bodies" in m]
-    need = f"needs {memory_at(fit_memory(measured), 1)[0] / 2**30:.2f} GiB" if fits else "ran out of memory"
+    need = memory_at(fit_memory(measured), part)[0] / 2**30 if fits else math.inf
+    said = f"needs {need:.2f} GiB" if fits else "ran out of memory"
     least = min(room.values()) / 2**30
-    raise ConfigError("Not even one image at once fits the memory.",
-                      f"A step of one image {need}; {least:.2f} GiB are there for a process.",
+    raise ConfigError(f"Not even {part} image(s) at once fit the memory.",
+                      f"A step of them {said}; {least:.2f} GiB are there for a process.",
                       "Free some, take a larger card, or fewer pixels: --set image_px=N.")
 
 # %% ../nbs/05_plan.ipynb #03b6d144

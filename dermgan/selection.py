@@ -5,7 +5,7 @@ __all__ = ['principal', 'cluster_codes', 'draw_in_turns', 'covering', 'compare_c
            'Judges', 'realism', 'same_lesion_distances', 'thresholds', 'screen', 'screen_rows', 'write_choices',
            'draw_screen']
 
-# %% ../nbs/11_selection.ipynb #00044e7f
+# %% ../nbs/11_selection.ipynb #e910fa21
 from typing import Callable, NamedTuple
 
 import numpy as np, pandas as pd, torch
@@ -14,6 +14,7 @@ from .core import DataMissing, Run, SETS, load_state, named_seed, write_text
 from .store import Images, to_float
 from .data import open_images
 from .metrics import LPIPS, features, neighbour_radius
+from .layers import GROUP
 from .stylegan2 import Discriminator
 from .allot import draw_from, set_size, standardise
 
@@ -95,7 +96,7 @@ def compare_choice(
                  ("difference", metric, float(gap.mean()), *ends(gap), len(chosen))]
     return rows
 
-# %% ../nbs/11_selection.ipynb #d6df3537
+# %% ../nbs/11_selection.ipynb #494a0e76
 def density_of(
     x: torch.Tensor,  # features, [n, d]
     train: torch.Tensor,  # features of the training photographs, [m, d]
@@ -130,7 +131,7 @@ def judge(
     x = images.contiguous(memory_format=torch.channels_last)
     for px in critic.px[:-1]:
         x = getattr(critic, f"b{px}")(x)
-    return critic.b4(x.repeat_interleave(4, 0))[::4, 0]
+    return critic.b4(x.repeat_interleave(GROUP, 0))[::GROUP, 0]
 
 
 class Judges(NamedTuple):

@@ -6,7 +6,7 @@ __all__ = ['normalize_second_moment', 'Mapping', 'channels_at', 'resolutions', '
            'load_generator', 'mean_code', 'make_generator', 'infer_critic', 'load_rosinality', 'save_rosinality',
            'load_nvlabs']
 
-# %% ../nbs/04_stylegan2.ipynb #c162f2b9
+# %% ../nbs/04_stylegan2.ipynb #20530f7b
 import math, warnings
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from .core import load_weights, rng, save_atomic, save_weights
 from .formats import (arrange, read_nvlabs, read_rosinality, refusing, rosinality_critic_names,
                              rosinality_kernels, rosinality_names)
 from .convolution import upsample
-from .layers import Conv, Linear, StyleConv, ToRGB, activate, minibatch_std
+from .layers import GROUP, Conv, Linear, StyleConv, ToRGB, activate, minibatch_std
 
 # %% ../nbs/04_stylegan2.ipynb #218ba739
 def normalize_second_moment(
@@ -335,7 +335,7 @@ def infer_critic(
     channels = {p: state[f"b{p}.conv0.weight"].shape[0] for p in resolutions(px)[1:]}
     return dict(image_px=px) | infer_channels(channels | {4: state["b4.conv.weight"].shape[0]})
 
-# %% ../nbs/04_stylegan2.ipynb #59106fdf
+# %% ../nbs/04_stylegan2.ipynb #9d4c7b1a
 def load_rosinality(
     path: Path,  # a checkpoint (.pt) of rosinality's StyleGAN2, or converted to its layout
 ) -> tuple[Generator, Discriminator | None]:  # in eval mode; None where the file holds no discriminator
@@ -366,6 +366,6 @@ def load_nvlabs(
     "Load NVlabs' networks without running the code in their pickle. DataRefused for another file."
     with refusing(path, "Give a StyleGAN2 network pickle of stylegan2-ada-pytorch, trained without labels."):
         state, critic, group = read_nvlabs(path)
-        if group != 4:
-            warnings.warn(f"The discriminator compared {group} images, here 4: batches above 4 differ.")
+        if group != GROUP:
+            warnings.warn(f"The discriminator compared {group} images, here {GROUP}: larger batches differ.")
         return make_generator(state), fill(Discriminator, infer_critic(critic), critic)

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from dermgan import cost, gan, plan, settings
+from dermgan import cost, gan, layers, parallel, plan, settings
 from dermgan.convolution import plain_form
 from dermgan.core import rng
 from dermgan.reproduce import main
@@ -73,16 +73,24 @@ def test_a_regulariser_of_every_step_is_measured_too():
     assert set(cost.bodies(replace(p, gan_pl_weight=0.0, gan_r1_every=16))) == {"generator", "discriminator", "R1"}
 
 
-def test_parts_are_whole_and_keep_the_groups_of_the_deviation():
+def test_the_parts_are_those_that_a_training_takes(monkeypatch):
+    def taken(batch, processes, cuts):
+        monkeypatch.setattr(parallel, "world", lambda: parallel.World(0, processes, 0, processes))
+        try:
+            return len(parallel.parts(batch, cuts, layers.GROUP)[0]) * min(layers.GROUP, batch)
+        except ConfigError:
+            return 0
+
     draw = np.random.default_rng(0)
     for _ in range(200):
-        processes, each, own = (int(draw.integers(1, n)) for n in (9, 65, 4))
-        p = replace(NARROW, gan_batch=processes * each, gan_accumulate=own)
-        ways = plan.parts(p, processes)
-        wanted = [(k, each // k) for k in range(own, each + 1) if each % k == 0 and (each // k < 4 or each // k % 4 == 0)]
-        assert ways == wanted
-    with pytest.raises(ConfigError, match="shared by 5 processes"):
-        plan.parts(replace(NARROW, gan_batch=4), 5)
+        processes, batch, own = (int(draw.integers(1, n)) for n in (9, 129, 4))
+        wanted = [(k, n) for k in range(own, batch + 1) if (n := taken(batch, processes, k))]
+        p = replace(NARROW, gan_batch=batch, gan_accumulate=own)
+        if wanted:
+            assert plan.parts(p, processes) == wanted
+        else:
+            with pytest.raises(ConfigError, match=f"shared by {processes} processes"):
+                plan.parts(p, processes)
 
 
 @pytest.mark.parametrize("words, said", [(["--gpus", "0"], "shared by 0 processes"), (["--gpus", "-2"], "shared by -2"),
@@ -129,10 +137,10 @@ def test_running_out_of_memory_is_foreseen_and_the_part_that_is_proposed_fits():
     assert "bodies" in fits and "full" in fails, done.stdout
 
 
-def test_one_image_too_many_is_refused_in_three_lines():
+def test_a_smallest_part_that_is_too_large_is_refused_in_three_lines():
     measured = [{"batch": 1, "full": "bad_alloc"}]
-    with pytest.raises(ConfigError, match="Not even one image") as caught:
-        plan.refuse(measured, {"peak": 2**30, "space": math.inf})
+    with pytest.raises(ConfigError, match="Not even 4 image") as caught:
+        plan.refuse(measured, {"peak": 2**30, "space": math.inf}, 4)
     assert len(str(caught.value).splitlines()) == 3 and plan.fitting(NARROW, 1, measured, {"peak": 2**40, "space": math.inf}) is None
 
 
