@@ -19,6 +19,7 @@ own_files = {"09_review": said} | dict.fromkeys(("14_crp", "14_browse", "15_pcx"
 # Narrow networks step faster on one thread than on two (benchmarks/gan_threads.py), and leave the other core to other stages.
 wide = {"05_gan", "07_invert", "07_encode", "08_hypertrain", "08_hyperstyle", "08_compare"}
 whole_machine = wide if run.profile.channel_base >= 2048 else set()
+trained = {"05_gan", "07_encode", "08_hypertrain"}   # by all GPUs together, one process each
 long = {"05_gan", "07_invert", "07_encode", "08_hypertrain", "10_augment"}   # begun first: most of the rest waits for them
 
 
@@ -52,6 +53,7 @@ for stage in stages:
         params: stage=stage, key=notebook_digest(stage) + own_files.get(stage, "")
         threads: workflow.cores if stage in whole_machine else 1
         priority: 2 if stage in long else 0
+        resources: gpu=gpus() if stage in trained else int(stage in wide)
         shell: "exec {python:q} -m dermgan.reproduce notebook {params.stage} --run ."
 
 

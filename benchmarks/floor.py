@@ -57,7 +57,7 @@ def step(px: int, base: int, batch: int) -> dict:
 
     def path():
         ws = gan.mixed_codes(t.g, max(batch // 2, 1), t.g.num_ws, draw)
-        gan.path_lengths(lambda w: t.g.synthesis(w, "random", draw), ws, draw).mean().backward()
+        t.forms.lengths(t.g.synthesis, ws, draw).mean().backward()
 
     def generator():
         t.d.requires_grad_(False)
@@ -69,7 +69,7 @@ def step(px: int, base: int, batch: int) -> dict:
             images = fake(batch)
         gan.discriminator_loss(t.d(images), t.d(reals)).backward()
     parts = {"generator": (generator, 1), "path length": (path, 1 / 4), "discriminator": (discriminator, 1),
-             "R1": (lambda: gan.r1_penalty(t.d, reals, 1.0).backward(), 1 / 16)}
+             "R1": (lambda: t.forms.r1(t.d, lambda x: x, reals, 1.0).backward(), 1 / 16)}
     sums = [sum(weight * n for (_, weight), n in zip(parts.values(), column)) / batch
             for column in zip(*(count(work) for work, _ in parts.values()))]
     sizes = [sum(q.numel() for q in net.parameters()) for net in (t.g, t.d)]

@@ -40,7 +40,7 @@ def kernel_gradient(
                                                (0, 0), groups, (*mask, False))
     return both[0] if mask[0] else both[1]
 
-# %% ../nbs/04_convolution.ipynb #94be407a
+# %% ../nbs/04_convolution.ipynb #257f7cc8
 class Convolution(torch.autograd.Function):
     "x * w."
 
@@ -53,6 +53,7 @@ class Convolution(torch.autograd.Function):
     ) -> torch.Tensor:  # the convolution
         "Convolve."
         ctx.save_for_backward(x, weight)
+        ctx.set_materialize_grads(False)
         ctx.how = how
         stride, padding, transposed, groups = how
         return torch.convolution(x, weight, None, stride, padding, (1, 1), transposed, (0, 0), groups)
@@ -62,13 +63,15 @@ class Convolution(torch.autograd.Function):
         ctx,
         gy: torch.Tensor,  # gradient by the output
     ) -> tuple:  # one gradient an argument
-        "Gradients by x and w."
+        "Gradients by x and w; none where none comes in."
+        if gy is None:
+            return None, None, None
         needed = ctx.needs_input_grad[0], ctx.needs_input_grad[1] and FORM.weights
         inputs = *ctx.saved_tensors, gy, ctx.how
         return (KernelGradient.apply(True, *inputs) if needed[0] else None,
                 KernelGradient.apply(False, *inputs) if needed[1] else None, None)
 
-# %% ../nbs/04_convolution.ipynb #b3246148
+# %% ../nbs/04_convolution.ipynb #880d1dde
 class KernelGradient(torch.autograd.Function):
     "A gradient of x * w."
 
@@ -83,6 +86,7 @@ class KernelGradient(torch.autograd.Function):
     ) -> torch.Tensor:  # the gradient
         "Convolve back, or correlate."
         ctx.save_for_backward(x, weight, gy)
+        ctx.set_materialize_grads(False)
         ctx.by_input, ctx.how = by_input, how
         return kernel_gradient((by_input, not by_input), x, weight, gy, how)
 
@@ -92,6 +96,8 @@ class KernelGradient(torch.autograd.Function):
         v: torch.Tensor,  # gradient by the output
     ) -> tuple:  # one gradient an argument
         "The rows of the table: v takes the place of what the gradient was by."
+        if v is None:
+            return None, None, None, None, None
         (x, weight, gy), needed = ctx.saved_tensors, ctx.needs_input_grad
         x, weight = (v, weight) if ctx.by_input else (x, v)
         wanted = needed[2 if ctx.by_input else 1]
@@ -99,7 +105,7 @@ class KernelGradient(torch.autograd.Function):
         found = [None, other] if ctx.by_input else [other, None]
         return None, *found, Convolution.apply(x, weight, ctx.how) if needed[3] else None, None
 
-# %% ../nbs/04_convolution.ipynb #680735c6
+# %% ../nbs/04_convolution.ipynb #08721b9c
 def convolve(
     x: torch.Tensor,  # [N, I, H, W]
     weight: torch.Tensor,  # [O, I / groups, kh, kw]; transposed: [I, O / groups, kh, kw]
@@ -108,7 +114,9 @@ def convolve(
     transposed: bool = False,  # the adjoint of the convolution with the same weight
     groups: int = 1,  # channel groups
 ) -> torch.Tensor:  # [N, O, H', W']
-    "Convolution whose derivatives of every order are fast."
+    "Convolution whose derivatives of every order are fast; as PyTorch's own where a compiler reads along."
+    if torch.compiler.is_compiling():
+        return torch.convolution(x, weight, None, stride, padding, (1, 1), transposed, (0, 0), groups)
     return Convolution.apply(x, weight, (stride, padding, transposed, groups))
 
 # %% ../nbs/04_convolution.ipynb #3c28c8d1
@@ -204,7 +212,7 @@ class TransposedFilter(torch.autograd.Function):
         "Filter."
         return Filter.apply(gradient, *ctx.args), None, None, None, None
 
-# %% ../nbs/04_convolution.ipynb #3e879307
+# %% ../nbs/04_convolution.ipynb #1bf824b7
 def fir(
     x: torch.Tensor,  # [N, C, H, W]
     padding: int,  # zeros on every side
@@ -212,7 +220,7 @@ def fir(
     gain: float = 1.0,  # of the two-dimensional filter
 ) -> torch.Tensor:  # [N, C, (H + 2 padding - 4) // stride + 1, ...]
     "Filter each channel with [1, 3, 3, 1] along both axes, and decimate."
-    return Filter.apply(x, padding, stride, gain)
+    return (filter_planes if torch.compiler.is_compiling() else Filter.apply)(x, padding, stride, gain)
 
 
 def upsample(

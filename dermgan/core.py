@@ -41,7 +41,7 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-# %% ../nbs/00_core.ipynb #07f083a6
+# %% ../nbs/00_core.ipynb #21874a91
 def short_key(
     value: Any,  # anything that JSON can hold
     digits: int = 8,  # hexadecimal digits kept
@@ -70,7 +70,8 @@ def resolve_run(
     outside = {option: str(Path(folder).resolve()) if folder else None for option, folder in outside.items()}
     top = resource("settings.ini").parent
     root = root or ((top if (top / "nbs").is_dir() else Path.cwd()) / "runs")
-    results = {k: v for k, v in asdict(settings).items() if k != "processes"} | {"gan_accumulate": 1}
+    how = ("processes", "gan_compile")
+    results = {k: v for k, v in asdict(settings).items() if k not in how} | {"gan_accumulate": 1}
     folder = Path(root) / f"{profile}-{short_key([results, outside])}-s{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     state = {"profile": asdict(settings), "seed": seed} | outside
@@ -242,7 +243,7 @@ def load_weights(
         why = str(error)[:160]
         raise DataRefused(f"{path.name} cannot be read.", why, "Fetch or make it again.") from error
 
-# %% ../nbs/00_core.ipynb #cbd0caca
+# %% ../nbs/00_core.ipynb #9b277b1e
 def named_seed(
     seed: int,  # the run's seed
     *names: Any,  # what is drawn: strings and numbers
@@ -254,10 +255,11 @@ def named_seed(
 def rng(
     seed: int,  # the run's seed
     *names: Any,  # what is drawn: strings and numbers
-) -> "torch.Generator":  # a CPU generator
+    device: str = "cpu",  # where it draws; another device draws other numbers
+) -> "torch.Generator":  # on that device
     "A torch generator for one named draw."
     import torch
-    return torch.Generator().manual_seed(named_seed(seed, *names))
+    return torch.Generator(device).manual_seed(named_seed(seed, *names))
 
 
 def seed_all(

@@ -81,7 +81,7 @@ def state_bytes(
     return many | {"weights": 4 * (both + planes), "gradients": 4 * both, "adam": 8 * both,
                    "average": 4 * (many["g"] + planes)}
 
-# %% ../nbs/05_cost.ipynb #9b70650c
+# %% ../nbs/05_cost.ipynb #ea59b1c6
 def bodies(
     p: Profile,  # intervals of the regularisers
 ) -> list[str]:  # those that can be run
@@ -100,7 +100,8 @@ def take(
 ) -> dict:  # losses
     "One body of a training step."
     t.step = 0 if body in ("path length", "R1") else 1
-    draws = gan.step_draws(p, seed, t.step)
+    draws = gan.step_draws(p, seed, t.step, t.g.w_avg.device.type)
+    t.forms.step()
     if body in ("generator", "path length"):
         return gan.train_generator(t, p, draws)
     return gan.train_discriminator(t, p, reals, draws)
@@ -138,7 +139,7 @@ def memory_now(
     kib = {words[0]: int(words[1]) for words in lines if words[0].startswith("Vm")}
     return {"peak": kib["VmHWM:"] * 1024, "space": kib["VmPeak:"] * 1024, "now": kib["VmRSS:"] * 1024}
 
-# %% ../nbs/05_cost.ipynb #ff48b2a0
+# %% ../nbs/05_cost.ipynb #ddd4a236
 def measure_here(
     p: Profile,  # settings; its batch is run at once
     precision: str,  # fp32 or bf16
@@ -148,6 +149,8 @@ def measure_here(
 ) -> dict:  # body -> seconds, cpu_seconds, peak, space; and what was held before
     "Run each body of a training step in this process."
     p = replace(p, gan_accumulate=1)
+    if repeats and device != "cpu":   # a CUDA graph is replayed from the third time on
+        repeats = max(repeats, 3)
     t = gan.begin(p, 0, precision, device)
     fill_state(t)
     shape = (p.gan_batch, 3, p.image_px, p.image_px)

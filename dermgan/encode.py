@@ -6,7 +6,7 @@ __all__ = ['MOCO', 'NETS', 'PARTS', 'active_offsets', 'delta_penalty', 'code_los
            'fast_precision', 'fitted_by', 'decoder_key', 'last_quarter_gain', 'validate', 'keep', 'saved_step',
            'resume_fit', 'train_encoder', 'open_encoder']
 
-# %% ../nbs/07_encode.ipynb #c880090d
+# %% ../nbs/07_encode.ipynb #53185e1f
 import copy, json, math, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +22,8 @@ from .core import (DataMissing, DataRefused, NotFinite, Profile, Run, RunMismatc
                           save_weights, write_text)
 from .data import Images, open_images, to_float
 from .factorize import draw_codes, generator_key, render
-from .gan import (GAN_KEYS, apply, batch_indices, discriminator_loss, flip_and_crop, generator_loss,
-                         open_generator, r1_penalty, training_course)
+from .gan import GAN_KEYS, apply, batch_indices, flip_and_crop, open_generator, training_course
+from .losses import discriminator_loss, generator_loss, r1_penalty
 from .invert import losses
 from .metrics import open_lpips
 from .stylegan2 import Generator

@@ -164,7 +164,7 @@ class Styled(torch.autograd.Function):
         found = styled_gradients(saved, gz, ctx.up, ctx.needs_input_grad)
         return (*found[:5], found[5].sum_to_size(noise.shape), None)
 
-# %% ../nbs/04_layers.ipynb #e6b56732
+# %% ../nbs/04_layers.ipynb #8a1f9cd6
 class StyleConv(nn.Module):
     "Modulated 3x3 convolution with noise, bias and activation."
 
@@ -188,17 +188,18 @@ class StyleConv(nn.Module):
         self,
         x: torch.Tensor,  # [N, I, H, W]
         w: torch.Tensor,  # [N, w_dim]
-        noise: str = "random",  # "const", "random" or "none"
+        noise: str | torch.Tensor = "random",  # "const", "random" or "none"; or as drawn, [N, 1, H', W']
         generator: torch.Generator | None = None,  # of the random noise; None is torch's own
-    ) -> torch.Tensor:  # [N, O, H, W] or [N, O, 2H, 2W]
+    ) -> torch.Tensor:  # [N, O, H', W'], of the same size or twice the size
         "Apply the layer."
         style, gain, px = self.affine(w), math.sqrt(2), x.shape[2] * (2 if self.up else 1)
-        if noise == "none":
+        if isinstance(noise, str) and noise == "none":
             plane = x.new_zeros(1, 1, 1, 1)
         else:
-            shape = (len(x), 1, px, px)
-            plane = self.noise_const if noise == "const" else random_normal(shape, generator, x.device)
-            plane = plane * (self.noise_strength * gain)
+            if isinstance(noise, str):
+                shape = (len(x), 1, px, px)
+                noise = self.noise_const if noise == "const" else random_normal(shape, generator, x.device)
+            plane = noise * (self.noise_strength * gain)
         parts = style, demodulation(self.weight, style) * gain, self.bias * gain, plane
         weight = self.weight.to(x.dtype, memory_format=torch.channels_last)
         form = styled if plain() else Styled.apply

@@ -67,7 +67,7 @@ def processes(
     fit = [n for n in range(1, torch.cuda.device_count() + 1) if count % (n * cuts) == 0]
     return wanted or max(fit, default=1)
 
-# %% ../nbs/04_parallel.ipynb #086b020f
+# %% ../nbs/04_parallel.ipynb #808a2311
 def share_of(
     batch: int,  # images in a batch, of all processes together
 ) -> slice:  # those of this process
@@ -92,11 +92,12 @@ def draws_of(
     group: int,  # images that must stay together
     seed: int,  # the run's seed
     *names: Any,  # what is drawn: strings and numbers
+    device: str = "cpu",  # where the groups' generators draw
 ) -> Draws:  # for this process
     "The draws of one step; every process agrees on them. ConfigError if the batch cannot be shared."
     group, numbers = min(group, batch), parts(batch, cuts, group)
     images = slice(numbers[0].start * group, numbers[-1].stop * group)
-    gens = [[rng(seed, *names, number) for number in part] for part in numbers]
+    gens = [[rng(seed, *names, number, device=device) for number in part] for part in numbers]
     return Draws(rng(seed, *names), gens, group, images, len(numbers[0]) * group / batch)
 
 # %% ../nbs/04_parallel.ipynb #f3fa3e30

@@ -63,7 +63,7 @@ class ProcessLost(DermganError):
 CLASSES = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
 SETS = ("baseline", "2k", "4k", "6k", "8k", "10k")
 
-# %% ../nbs/00_settings.ipynb #77793316
+# %% ../nbs/00_settings.ipynb #1c0b6bfa
 @dataclass(frozen=True)
 class Profile:
     "The settings of one run; the reasons stand in `settings.ini`."
@@ -81,7 +81,7 @@ class Profile:
                      "color", "filter", "noise", "cutout", "bg", "bgc", "bgcf", "bgcfn", "bgcfnc"]
     gan_aug_p: Literal["adaptive"] | float; gan_aug_target: float; gan_aug_kimg: float
     gan_from: str; gan_freeze_d: int
-    precision: Literal["auto", "fp32", "bf16"]; processes: int
+    precision: Literal["auto", "fp32", "bf16"]; processes: int; gan_compile: Literal["auto", "on", "off"]
     factor_variant: Literal["sefa", "raw"]; factor_images: int
     invert_space: Literal["w", "w+"]; invert_steps: int; invert_batch: int; invert_sources: int
     enc_width: int; enc_units: tuple[int, ...]

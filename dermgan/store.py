@@ -176,7 +176,7 @@ def fill_store(
     put_images(env, rows)
     return pd.DataFrame(rejected, columns=["image_id", "reason"])
 
-# %% ../nbs/00_store.ipynb #fc7ac2fd
+# %% ../nbs/00_store.ipynb #452c2119
 @functools.lru_cache(maxsize=None)
 def open_store(
     folder: Path,  # of a complete store
@@ -202,7 +202,7 @@ class Images(torch.utils.data.Dataset):
         self.ids, self.lesion_ids, self.homes = (index[c].tolist() for c in ("image_id", "lesion_id", "home"))
         self.labels = torch.tensor(index.label.to_numpy(), dtype=torch.long)
         self.classes, self.image_px = tuple(facts["classes"]), facts["image_px"]
-        self.raw = facts["store"] == "raw"
+        self.raw, self.held = facts["store"] == "raw", None
 
     def __len__(self):
         return len(self.ids)
@@ -216,6 +216,8 @@ class Images(torch.utils.data.Dataset):
     ) -> torch.Tensor:  # uint8 [N, 3, H, W]
         "Read some images."
         indices = [int(i) for i in indices]
+        if self.held is not None:
+            return self.held[indices]
         out = np.empty((len(indices), 3, self.image_px, self.image_px), np.uint8)
         for row, i in zip(out, indices):
             if open_store(self.homes[i])[1] != os.getpid():
@@ -227,6 +229,22 @@ class Images(torch.utils.data.Dataset):
                 else:
                     row[:] = np.asarray(Image.open(io.BytesIO(value))).transpose(2, 0, 1)
         return torch.from_numpy(out)
+
+    def hold(
+        self,
+        device: str,  # where a network trains
+        room: float | None = None,  # bytes to spare there; None: half of a GPU's free ones, none elsewhere
+    ) -> bool:  # whether they are held
+        "Keep all images on a GPU, where they fit: then no batch waits for the disk, or for the bus."
+        if room is None:
+            room = torch.cuda.mem_get_info()[0] / 2 if device == "cuda" else 0
+        if len(self) * 3 * self.image_px**2 > room:
+            return False
+        held = torch.empty(len(self), 3, self.image_px, self.image_px, dtype=torch.uint8, device=device)
+        for part in torch.arange(len(self)).split(1024):
+            held[part[0]:part[-1] + 1] = self.batch(part)
+        self.held = held
+        return True
 
     def all(self) -> torch.Tensor:  # uint8 [N, 3, H, W]
         "Read every image: for sets that fit in memory."

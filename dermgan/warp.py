@@ -59,7 +59,7 @@ def move_pixels(
     index = (source[:, 1] * px + source[:, 0])[:, None].expand(-1, images.shape[1], -1)
     return images.flatten(2).gather(2, index).view_as(images)
 
-# %% ../nbs/04_warp.ipynb #87d4f572
+# %% ../nbs/04_warp.ipynb #108dc568
 SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633,
         0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252,
         -0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148)
@@ -70,9 +70,9 @@ def double(
 ) -> torch.Tensor:  # [N, C, 2H, 2W]; value 2i lies on pixel i
     "Double the size with sym6."
     taps = torch.tensor(SYM6, dtype=x.dtype, device=x.device) * math.sqrt(2)
-    planes = x.reshape(-1, 1, *x.shape[2:])
-    planes = convolve(planes, taps.view(1, 1, 12, 1), (2, 1), (5, 0), True)
-    planes = convolve(planes, taps.view(1, 1, 1, 12), (1, 2), (0, 5), True)
+    planes, count = x.reshape(1, -1, *x.shape[2:]), x.shape[0] * x.shape[1]
+    planes = convolve(planes, taps.view(1, 1, 12, 1).expand(count, 1, 12, 1), (2, 1), (5, 0), True, count)
+    planes = convolve(planes, taps.view(1, 1, 1, 12).expand(count, 1, 1, 12), (1, 2), (0, 5), True, count)
     return planes.view(*x.shape[:2], *planes.shape[2:])
 
 
@@ -81,9 +81,10 @@ def halve(
 ) -> torch.Tensor:  # [N, C, H, W]
     "Halve the size with sym6 reversed, and drop the margin of 3 pixels."
     taps = torch.tensor(SYM6, dtype=x.dtype, device=x.device) / math.sqrt(2)
-    planes = x[:, :, 1:-1, 1:-1].reshape(-1, 1, x.shape[2] - 2, x.shape[3] - 2)
-    planes = convolve(planes, taps.view(1, 1, 12, 1), (2, 1))
-    planes = convolve(planes, taps.view(1, 1, 1, 12), (1, 2))
+    inner, count = x[:, :, 1:-1, 1:-1], x.shape[0] * x.shape[1]
+    planes = inner.reshape(1, -1, *inner.shape[2:])
+    planes = convolve(planes, taps.view(1, 1, 12, 1).expand(count, 1, 12, 1), (2, 1), groups=count)
+    planes = convolve(planes, taps.view(1, 1, 1, 12).expand(count, 1, 1, 12), (1, 2), groups=count)
     return planes.view(*x.shape[:2], *planes.shape[2:])
 
 # %% ../nbs/04_warp.ipynb #d234190e

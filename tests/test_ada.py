@@ -281,7 +281,7 @@ def test_the_sampler_and_its_transpose_to_second_order():
 
 
 def test_r1_through_the_pipe_reaches_the_critics_weights():
-    from dermgan.gan import r1_penalty
+    from dermgan.losses import r1_penalty
     x, size = noise_images(2, 4), 48
     weight = torch.randn(3, 4, 4, generator=rng(14), dtype=torch.float64, requires_grad=True)
     pipe = lambda images: augment_images(images, 0.9, PIPES["bgcfnc"], rng(15))

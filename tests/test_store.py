@@ -172,3 +172,12 @@ def test_bytes_survive_the_way_in_and_out():
     x = to_float(u)
     assert (x.min(), x.max(), x.dtype) == (-1, 1, torch.float32)
     assert torch.equal(to_uint8(x), u) and torch.equal(to_uint8(torch.tensor([-3.0, 3.0])), torch.tensor([0, 255], dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("kind", ["raw", "jpeg"])
+def test_images_held_are_the_images_read_where_they_fit(tmp_path, kind):
+    images = Images(pack_images(tmp_path / "s", pictures(), *ABOUT, store=kind))
+    size, read = N * 3 * PX**2, [images.batch([3, 0, N - 1, 3]), images.all()]
+    assert not images.hold("cpu") and not images.hold("cpu", size - 1) and images.held is None
+    assert images.hold("cpu", size) and torch.equal(images.batch(torch.tensor([3, 0, N - 1, 3])), read[0])
+    assert torch.equal(images.all(), read[1]) and images[7][1] == int(images.labels[7])
