@@ -28,7 +28,7 @@ fi
 export PATH="$(cd "$venv/bin" && pwd):$PATH" PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 case "${1:-}" in
-    test) shift; exec python -m pytest "$@" ;;
+    test) shift; exec python -m pytest -n 2 --dist loadfile "$@" ;;   # -n 0: one after another
     lab)  shift; exec jupyter lab --notebook-dir nbs --ServerApp.tornado_settings='{"websocket_max_message_size": 67108864}' "$@" ;;
     *)    exec python -m dermgan.reproduce run "$@" ;;
 esac

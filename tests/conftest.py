@@ -20,6 +20,15 @@ guard = importlib.util.spec_from_file_location("offline_guard", OFFLINE / "sitec
 guard.loader.exec_module(importlib.util.module_from_spec(guard))
 
 
+LONGEST = ("test_smoke", "test_parallel", "test_encode", "test_reproduce")
+
+
+def pytest_collection_modifyitems(items):
+    "Files that take longest come first, so that two workers end together."
+    rank = {name: k for k, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
+
+
 @pytest.fixture(scope="session")
 def top() -> Path:
     "The repository."

@@ -190,8 +190,8 @@ def test_a_failed_notebook_is_kept_and_told(toy, reproduce):
     (["--set", "gan_kimg=many"], ["gan_kimg", "float"]), (["--set", "precision=fp8"], ["fp32 | bf16"]),
     (["--set", "image_px"], ["KEY=VALUE"]), (["--until", "99_moon"], ["00_core"]), (["--data", "nowhere"], ["nowhere", "data"])])
 def test_what_is_not_allowed_ends_with_2_and_the_list(words, allowed, capsys):
-    before = set((TOP / "runs").glob("*"))
-    assert command.main(["run", *words]) == 2 and set((TOP / "runs").glob("*")) == before
+    before = set((TOP / "runs").glob("quick-*"))
+    assert command.main(["run", *words]) == 2 and set((TOP / "runs").glob("quick-*")) == before
     said = capsys.readouterr().err
     assert len(said.strip().splitlines()) == 3 and all(part in said for part in allowed)
 
@@ -259,6 +259,28 @@ def test_restart_from_a_notebook_keeps_what_stands_before_it(toy):
 def test_the_gpus_of_a_machine_are_counted_without_torch(told, count, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", told)
     assert stages.gpus() == count
+
+
+def test_each_cell_has_a_gpu_to_itself_until_it_ends(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    with stages.own_gpu(tmp_path) as first:
+        with stages.own_gpu(tmp_path) as second, stages.own_gpu(tmp_path) as third:
+            assert (first, second, third) == ({"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "5"}, {})
+        with stages.own_gpu(tmp_path) as again:
+            assert again == second
+    held = subprocess.Popen([sys.executable, "-c", "import sys, time; from pathlib import Path; from dermgan import stages\n"
+                             "with stages.own_gpu(Path(sys.argv[1])) as shown: print(shown, flush=True); time.sleep(60)", str(tmp_path)],
+                            stdout=subprocess.PIPE, text=True)
+    assert held.stdout.readline() == "{'CUDA_VISIBLE_DEVICES': '3'}\n"
+    with stages.own_gpu(tmp_path) as other:
+        assert other == {"CUDA_VISIBLE_DEVICES": "5"}
+    held.kill()
+    held.wait()
+    with stages.own_gpu(tmp_path) as freed:
+        assert freed == {"CUDA_VISIBLE_DEVICES": "3"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with stages.own_gpu(tmp_path) as none:
+        assert none == {}
 
 
 CELLS = ("baseline-plain", "2k-plain", "2k-filter", "random-6k-plain", "clustered-6k-plain")
