@@ -20,7 +20,16 @@ own_files = {"09_review": said} | dict.fromkeys(("14_crp", "14_browse", "15_pcx"
 wide = {"05_gan", "07_invert", "07_encode", "08_hypertrain", "08_hyperstyle", "08_compare"}
 whole_machine = wide if run.profile.channel_base >= 2048 else set()
 trained = {"05_gan", "07_encode", "08_hypertrain"}   # by all GPUs together, one process each
-long = {"05_gan", "07_invert", "07_encode", "08_hypertrain", "10_augment"}   # begun first: most of the rest waits for them
+
+
+def needed_by(stage):
+    "Every stage that a stage waits for, at once or later."
+    return {name for direct in stages.get(stage, ()) for name in {direct} | needed_by(direct)}
+
+
+# Of what is ready, first what most of the rest waits for: whatever the GAN needs, then the long stages, then the way from the cells to the report.
+urgent = dict.fromkeys(("11_grid", "12_evidence", "12_beyond", "12_results"), 1)
+urgent |= dict.fromkeys(("05_gan", "07_invert", "07_encode", "08_hypertrain", "10_augment"), 2) | dict.fromkeys(needed_by("05_gan"), 3)
 
 
 def outcome(cell):
@@ -52,7 +61,7 @@ for stage in stages:
         output: f"nbs/{stage}.ipynb"
         params: stage=stage, key=notebook_digest(stage) + own_files.get(stage, "")
         threads: workflow.cores if stage in whole_machine else 1
-        priority: 2 if stage in long else 0
+        priority: urgent.get(stage, 0)
         resources: gpu=gpus() if stage in trained else int(stage in wide)
         shell: "exec {python:q} -m dermgan.reproduce notebook {params.stage} --run ."
 
@@ -63,5 +72,6 @@ rule classify:
     params: key=code_digest("import dermgan.grid", top() / "dermgan")
     wildcard_constraints: arch=r"\w+", set="baseline|([a-z]+-)?[0-9]+k", filter="plain|filter", seed="[0-9]+"
     threads: max(1, workflow.cores // max(1, gpus() or len(grid)))
+    priority: 1
     resources: gpu=1
     shell: "exec {python:q} -m dermgan.reproduce cell {wildcards.arch}-{wildcards.set}-{wildcards.filter}-s{wildcards.seed} --run ."

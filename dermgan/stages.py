@@ -35,7 +35,7 @@ NEEDS = {
     "04_samples": ("02_phantom", "03_metrics", "04_ada"),
     "05_losses": ("04_stylegan2",),
     "05_gan": ("04_parallel", "04_samples", "04_transfer", "05_losses"),
-    "05_cost": ("05_gan",),
+    "05_cost": ("04_parallel", "04_samples", "04_transfer", "05_losses"),
     "05_plan": ("05_cost",),
     "03_attributes": ("02_phantom",),
     "06_factorize": ("05_gan", "03_attributes"),
