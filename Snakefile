@@ -28,7 +28,7 @@ def needed_by(stage):
 
 
 # Of what is ready, first what most of the rest waits for: whatever the GAN needs, then the long stages, then the way from the cells to the report.
-urgent = dict.fromkeys(("11_grid", "12_evidence", "12_beyond", "12_results"), 1)
+urgent = dict.fromkeys(("10_controls", "11_grid", "12_evidence", "12_beyond", "12_results", "14_crp", "15_pcx"), 1)
 urgent |= dict.fromkeys(("05_gan", "07_invert", "07_encode", "08_hypertrain", "10_augment"), 2) | dict.fromkeys(needed_by("05_gan"), 3)
 
 
