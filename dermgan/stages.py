@@ -13,7 +13,7 @@ from .core import (ConfigError, DataMissing, Run, code_meaning, notebook_cells, 
                           short_key, write_text)
 from .settings import cell_key
 
-# %% ../nbs/17_stages.ipynb #41bd4d90
+# %% ../nbs/17_stages.ipynb #6bf7503d
 NEEDS = {
     "00_settings": (),
     "00_core": ("00_settings",),
@@ -113,10 +113,12 @@ def own_gpu(
     with contextlib.ExitStack() as open_files:
         for k, name in enumerate(names):
             file = open_files.enter_context(open(folder / f"dermgan-{os.getuid()}-gpu{k}.lock", "w"))
-            with contextlib.suppress(BlockingIOError):
+            try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                yield {"CUDA_VISIBLE_DEVICES": name}
-                return
+            except BlockingIOError:
+                continue
+            yield {"CUDA_VISIBLE_DEVICES": name}
+            return
         yield {}
 
 # %% ../nbs/17_stages.ipynb #2f226707

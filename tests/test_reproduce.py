@@ -278,6 +278,8 @@ def test_each_cell_has_a_gpu_to_itself_until_it_ends(monkeypatch, tmp_path):
     held.wait()
     with stages.own_gpu(tmp_path) as freed:
         assert freed == {"CUDA_VISIBLE_DEVICES": "3"}
+    with pytest.raises(BlockingIOError, match="the cell's own"), stages.own_gpu(tmp_path):
+        raise BlockingIOError("the cell's own")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with stages.own_gpu(tmp_path) as none:
         assert none == {}
