@@ -127,7 +127,7 @@ def control_places(
         return "train", sources
     return "controls", [f"{name}~{kind}" for name in (sources if kind == "inverted" else drawn)]
 
-# %% ../nbs/10_allot.ipynb #99f1d19d
+# %% ../nbs/10_allot.ipynb #9a738eca
 def oversample(
     labels: torch.Tensor,  # class indices of the training images, [n]
     seed: int,  # of the cell
@@ -146,10 +146,11 @@ def batches(
     seed: int,  # of the cell
     epoch: int,  # from 0
     draws: int | None = None,  # images an epoch; None takes n
-) -> list[list[int]]:  # indices, batch by batch; a last batch of one joins the one before
+    least: int = 2,  # images in a batch; a smaller last batch joins the one before
+) -> list[list[int]]:  # indices, batch by batch
     "Cut an epoch into batches."
     parts = [part.tolist() for part in oversample(labels, seed, epoch, draws).split(batch)]
-    if len(parts) > 1 and len(parts[-1]) == 1:
+    if len(parts) > 1 and len(parts[-1]) < least:
         parts[-2:] = [parts[-2] + parts[-1]]
     return parts
 
@@ -173,7 +174,7 @@ def check_labels(
                               "A class needs a lesion in train, val and holdout, so at least three.",
                               f"Add images of {name}, or leave the class out of the data.")
 
-# %% ../nbs/10_allot.ipynb #2f330a8a
+# %% ../nbs/10_allot.ipynb #fca1f14e
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -181,14 +182,16 @@ def augment(
     images: torch.Tensor,  # uint8 [N, 3, H, W], on any device
     cutout: float,  # side of the hidden square as a share of the image; 0 hides nothing
     generator: torch.Generator,  # on the CPU
+    rows: slice = slice(None),  # of a batch, which these images are
+    count: int | None = None,  # images in the batch; None: these
 ) -> torch.Tensor:  # float32 in [-1, 1], the hidden square 0
     "Flip each image in both ways with probability 1/2 and hide a square of it."
     n, _, height, width = images.shape
-    x, device = to_float(images), images.device
-    flips = (torch.rand(2, n, 1, 1, 1, generator=generator) < 0.5).to(device)
+    x, device, count = to_float(images), images.device, count or n
+    flips = (torch.rand(2, count, 1, 1, 1, generator=generator)[:, rows] < 0.5).to(device)
     x = torch.where(flips[0], x.flip(3), x)
     x = torch.where(flips[1], x.flip(2), x)
-    centre = torch.rand(2, n, 1, 1, generator=generator)
+    centre = torch.rand(2, count, 1, 1, generator=generator)[:, rows]
     rows = (torch.arange(height)[:, None] + 0.5) / height - centre[0]
     columns = (torch.arange(width) + 0.5) / width - centre[1]
     hidden = (rows.abs() < cutout / 2) & (columns.abs() < cutout / 2)

@@ -4,7 +4,7 @@
 __all__ = ['write_outcome', 'read_outcome', 'attempt', 'CellResult', 'open_cell', 'open_cells', 'study_cells', 'holes',
            'filtered_table', 'wilson', 'cells_table', 'take_gpu', 'main', 'draw_curves']
 
-# %% ../nbs/11_grid.ipynb #76cf026d
+# %% ../nbs/11_grid.ipynb #126bc617
 import argparse, fcntl, json, os, sys
 from pathlib import Path
 from typing import NamedTuple
@@ -179,7 +179,7 @@ def take_gpu(
             lock.close()
     return (os.getpid() % count, None) if count else None
 
-# %% ../nbs/11_grid.ipynb #59e14960
+# %% ../nbs/11_grid.ipynb #bd7ecc2a
 def main(
     words: list[str] | None = None,  # command-line words; None takes the process's
 ) -> int:  # exit status

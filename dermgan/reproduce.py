@@ -198,7 +198,7 @@ def stopped(
         print("\n".join(["\nSnakemake stopped:", *log.splitlines()[-12:]]), file=sys.stderr)
     return 1
 
-# %% ../nbs/18_reproduce.ipynb #c1173b84
+# %% ../nbs/18_reproduce.ipynb #7d6dd916
 def made_run(
     words: dict,  # profile, run, published
 ) -> Run:  # the run whose generator is used
@@ -273,17 +273,23 @@ def fetch_command(
 
 
 def train_command(
-    what: str,  # gan, encoder or hyperstyle
+    what: str,  # gan, encoder, hyperstyle or classifier
     folder: Path,  # a run's folder
+    cell: str = "",  # of the grid, from `cell_name`; for a classifier
 ) -> int:  # exit code
     "`dermgan train gan DIR`: one long training; under torchrun, this process's share of it."
-    from dermgan import encode, gan, hypertrain, parallel
+    from dermgan import encode, gan, grid, hypertrain, parallel
     end_with_parent()
-    run = read_run(folder)
+    run, reason = read_run(folder), None
     with parallel.join(run):
-        {"gan": gan.train_gan, "encoder": encode.train_encoder,
-         "hyperstyle": hypertrain.train_hyperstyle}[what](run)
-    return 0
+        if what == "classifier":
+            reason = grid.attempt(run, cell_key(cell))
+        else:
+            {"gan": gan.train_gan, "encoder": encode.train_encoder,
+             "hyperstyle": hypertrain.train_hyperstyle}[what](run)
+    if reason:
+        print(reason, file=sys.stderr)
+    return int(bool(reason))
 
 
 def stage_nets(
@@ -369,6 +375,8 @@ def dispatch(
             return run_cell(name, Path(folder))
         case ["train", "gan" | "encoder" | "hyperstyle" as what, folder]:
             return train_command(what, Path(folder))
+        case ["train", "classifier", folder, cell]:
+            return train_command("classifier", Path(folder), cell)
         case ["train", *rest]:
             end_with_parent()
             from dermgan import grid

@@ -289,6 +289,55 @@ def test_killed_at_any_moment_it_resumes_bit_for_bit(tmp_path, straight, workers
     assert finished(run) == straight
 
 
+SHARED = """
+import os, signal, sys
+from dermgan import classify, reproduce
+
+real, calls = classify.train_step, []
+
+def dying(*words):
+    "Kill the second process at its seventh step, the first time it gets there."
+    calls.append(1)
+    if len(calls) == 7 and sys.argv[1] == "dies" and (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*words)
+
+classify.code_key = lambda *_: "same"
+classify.train_step = dying
+sys.exit(reproduce.main(["train", *sys.argv[2:]]))
+"""
+
+
+def shared(folder, run, word, cell, restarts=0):
+    "A cell by the real command, in two processes."
+    (folder / "shared.py").write_text(SHARED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts),
+               str(folder / "shared.py"), word, "classifier", str(run.folder), f"densenet_small-{cell}"]
+    return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+
+
+def test_a_cell_in_two_processes_loses_one_and_ends_as_if_it_had_not(tmp_path):
+    ends = []
+    for word, restarts in (("lives", 0), ("dies", 1)):
+        run = make_run(tmp_path / word, precision="bf16")
+        done = shared(tmp_path, run, word, "10k-plain-s0", restarts)
+        assert done.returncode == 0, done.stderr[-1500:]
+        assert ("exitcode: -9" in done.stderr) == (word == "dies")
+        ends.append(finished(run))
+    assert ends[0] == ends[1]
+
+
+def test_processes_agree_on_precision_and_on_what_filtering_drops(tmp_path):
+    run = make_run(tmp_path, precision="auto")
+    done = shared(tmp_path, run, "lives", "2k-filter-s0")
+    assert done.returncode == 0, done.stderr[-1500:]
+    cells = [classify.read_cell(run, f"densenet_small-2k-{kind}-s0") for kind in ("plain", "filter")]
+    assert cells[0]["precision"] == cells[1]["precision"] and cells[1]["n_synthetic"] <= cells[0]["n_synthetic"]
+    odd = make_run(tmp_path / "odd", cls_batch="15")
+    refused = shared(tmp_path, odd, "lives", "baseline-plain-s0")
+    assert refused.returncode == 1 and "15 images cannot be shared by 2 processes" in refused.stderr
+
+
 def test_a_checkpoint_of_other_settings_is_refused_by_the_name_of_the_key(run, tmp_path):
     key = CellKey("densenet_small", "baseline", False, 0)
     current = classify.made_by(run, key, classify.cell_pool(run, key))

@@ -2,8 +2,10 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -42,7 +44,7 @@ STEPS = """
 import sys, torch
 from dataclasses import replace
 from pathlib import Path
-from dermgan import encode, gan, hypertrain, parallel
+from dermgan import allot, classify, encode, gan, hypertrain, parallel
 from dermgan.core import read_run
 from dermgan.data import open_images
 from dermgan.stylegan2 import Generator
@@ -91,11 +93,24 @@ def hyper_steps(run):
     kept = {"hyper": t.hyper.state_dict(), "adam": t.adam.state_dict()}
     return kept | {"logs": [{k: v.item() for k, v in row.items()} for row in logs]}
 
+def classify_steps(run):
+    "An epoch of a classifier in float64, without dropout: three batches of eight images and one of five, which no two processes share."
+    torch.set_default_dtype(torch.float64)
+    p, images = replace(run.profile, cls_batch=8, cls_dropout=0.0, cls_epochs=2), open_images(run, "train")
+    doubled = [(image.repeat_interleave(2, 1).repeat_interleave(2, 2), label) for image, label in images]
+    pool = allot.Pool(doubled, images.labels, [], 29, ())
+    fit = classify.begin(replace(run, profile=p), "densenet_small", 7, 0, "fp32")
+    fit.optimizer = torch.optim.SGD(fit.model.parameters(), 0.1, momentum=0.9)  # Adam divides a gradient near 0 by its own noise
+    loss = classify.train_epoch(replace(run, profile=p), fit, pool, 0, lambda: None)
+    kept = {"model": fit.model.state_dict(), "optimizer": fit.optimizer.state_dict(), "loss": loss}
+    torch.set_default_dtype(torch.float32)
+    return kept
+
 if __name__ == "__main__":
     run = read_run(Path(sys.argv[1]))
     with parallel.join(run) as here:
         for what in sys.argv[3:]:
-            state = {"encoder": encode_steps, "hyper": hyper_steps}[what](run) if what.isalpha() else steps(run, int(what), 4)
+            state = {"encoder": encode_steps, "hyper": hyper_steps, "classifier": classify_steps}[what](run) if what.isalpha() else steps(run, int(what), 4)
             if here.rank == here.size - 1:
                 torch.save(state, f"{sys.argv[2]}-{here.size}x{what}.pt")
 """
@@ -130,7 +145,7 @@ def script(tmp_path_factory):
     file.write_text(STEPS)
     names = {"__name__": "steps"}
     exec(compile(STEPS, str(file), "exec"), names)
-    return file, names["steps"], {"encoder": names["encode_steps"], "hyper": names["hyper_steps"]}
+    return file, names["steps"], {"encoder": names["encode_steps"], "hyper": names["hyper_steps"], "classifier": names["classify_steps"]}
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +163,7 @@ def test_parts_of_a_batch_give_the_numbers_of_the_whole(alone, script):
         assert difference(whole, script[1](run, cuts, 4))[0] < 1e-10
 
 
-@pytest.mark.parametrize("count, what", [(2, ("1", "2", "encoder", "hyper")), (4, ("1", "encoder"))])
+@pytest.mark.parametrize("count, what", [(2, ("1", "2", "encoder", "hyper", "classifier")), (4, ("1", "encoder", "classifier"))])
 def test_processes_give_the_numbers_of_one(alone, script, tmp_path, count, what):
     run, whole = alone
     done = torchrun(count, script[0], run.folder, tmp_path / "state", *what)
@@ -210,6 +225,50 @@ def test_a_killed_process_costs_the_steps_since_the_checkpoint_and_nothing_else(
     assert [line["step"] for line in lines] == [4, 8, 12] and all("distance" in line for line in lines)
     published = [run.path("ckpt", "generator.safetensors").read_bytes() for run in (calm, hit)]
     assert published[0] == published[1]
+
+
+def reachable(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("localhost", port)) == 0
+
+
+def wait_for(happened, longest=300):
+    begin = time.monotonic()
+    while not happened():
+        assert time.monotonic() - begin < longest, "it never happened"
+        time.sleep(0.05)
+
+
+def node(port, run):
+    "One machine of two, as far as torchrun knows: the README's command."
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d",
+               "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "gan", "-m", "dermgan.reproduce", "train", "gan", str(run.folder)]
+    told = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return subprocess.Popen(command, env=os.environ | told, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                            start_new_session=True)
+
+
+def test_a_node_is_lost_in_the_middle_comes_back_and_nothing_changes(tmp_path):
+    calm, hit = (make_run(tmp_path / name, gan_kimg="0.64", **more) for name, more in (("calm", {"processes": "2"}), ("hit", {})))
+    gan.train_gan(calm)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    nodes = [node(port, hit)]
+    try:
+        wait_for(lambda: reachable(port))
+        nodes.append(node(port, hit))
+        wait_for(lambda: hit.path("ckpt", "gan.pt").exists())
+        os.killpg(nodes[1].pid, signal.SIGKILL)
+        nodes[1].communicate()
+        nodes.append(node(port, hit))
+        said = [each.communicate(timeout=600)[1] for each in (nodes[0], nodes[2])]
+        assert [each.returncode for each in nodes] == [0, -signal.SIGKILL, 0], said[0][-2000:] + said[1][-2000:]
+    finally:
+        for each in nodes:
+            each.kill()
+    (state, lines), (hurt, again) = numbers(calm), numbers(hit)
+    assert difference(state, hurt)[0] == 0 and lines == again and lines[-1]["step"] == 40
 
 
 def test_an_error_that_would_come_again_stops_all_processes_and_is_told(tmp_path, train, monkeypatch):
