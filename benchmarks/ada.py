@@ -2,12 +2,11 @@
 
 Every cell of the study sees the same number of images. At each tick the Frechet distance to validation images, the discriminator's
 overfitting and p are noted; `results/ada.csv` collects them and `04_ada` draws them. A killed study goes on where it stopped: run the
-same command again. A plain cell of 80 thousand images takes about 45 minutes on two cores; the pipe costs up to 25 CPU-ms an image and
-pass at p = 0.6, so an augmented cell may take three times as long.
+same command again. On two cores, run one size on each at the same time, with OMP_NUM_THREADS=1:
 
-    python benchmarks/ada.py --data DIR --weights DIR [--kimg 80] [--few 1000] [--pipe geometry+mild] [--profile ham]
+    python benchmarks/ada.py --data DIR --weights DIR [--size few|all] [--kimg 80] [--few 1000] [--pipe geometry+mild] [--profile quick]
 
-`--profile smoke --kimg 0.64 --few 40 --out FILE` tries it on phantoms in a minute.
+`--profile smoke --set dataset=phantom --kimg 0.64 --few 40 --out FILE` tries it on phantoms in a minute.
 """
 import argparse
 import json
@@ -30,7 +29,7 @@ COLUMNS = ["images", "pipe", "seed", "step", "kimg", "distance", "overfitting", 
 
 def data_of(options, root: Path):
     "A run that holds the packed images; packing goes on where it stopped."
-    run = resolve_run(options.profile, options.seed, data=options.data, weights=options.weights, root=root / "data")
+    run = resolve_run(options.profile, options.seed, dict(options.set), options.data, options.weights, root=root / "data")
     pack_phantom(run) if run.profile.dataset == "phantom" else pack_data(run)
     return run
 
@@ -45,8 +44,8 @@ def few_of(run, count: int) -> Path:
 
 
 def cell(options, root: Path, data, train: Path, pipe: str):
-    "Train one cell to its end and return its ticks."
-    changes = {"gan_kimg": options.kimg, "gan_tick_kimg": options.tick or options.kimg / 16, "gan_aug": pipe, "gan_split": "train",
+    "The run of one cell, with its stores."
+    changes = dict(options.set) | {"gan_kimg": options.kimg, "gan_tick_kimg": options.tick or options.kimg / 16, "gan_aug": pipe, "gan_split": "train",
                "gan_aug_kimg": options.aug_kimg or options.kimg}
     run = resolve_run(options.profile, options.seed, {k: str(v) for k, v in changes.items()}, options.data, options.weights, root=root / train.name)
     stores = run.folder / "lmdb"
@@ -54,17 +53,25 @@ def cell(options, root: Path, data, train: Path, pipe: str):
     for name, target in (("train", train), ("val", data.folder / "lmdb" / "val")):
         if not (stores / name).exists():
             os.symlink(target.resolve(), stores / name)
-    open_store.cache_clear()
-    train_gan(read_run(run.folder))
-    lines = [json.loads(line) for line in run.path("stats.jsonl").read_text().splitlines()]
-    return [line | {"pipe": pipe, "seed": options.seed} for line in lines if "distance" in line]
+    return run
+
+
+def ticks_of(options, run, count: int, pipe: str, features: str) -> list[dict]:
+    "What a cell has measured so far."
+    if not (stats := run.path("stats.jsonl")).is_file():
+        return []
+    lines = [json.loads(line) for line in stats.read_text().splitlines()]
+    facts = {"pipe": pipe, "seed": options.seed, "images": count, "features": features, "hardware": hardware()}
+    return [{"augment_p": 0.0} | line | facts for line in lines if "distance" in line]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="folder of HAM10000")
     parser.add_argument("--weights", help="folder of the feature network's weights")
-    parser.add_argument("--profile", default="ham", help="sizes of the networks and the data set")
+    parser.add_argument("--profile", default="quick", help="sizes of the networks")
+    parser.add_argument("--set", nargs="*", type=lambda text: text.split("=", 1), default=[("dataset", "ham10000"), ("gan_fd_images", "2000")])
+    parser.add_argument("--size", choices=("few", "all"), help="train the cells of one size only (default: both)")
     parser.add_argument("--kimg", type=float, default=80, help="thousand images that each cell sees")
     parser.add_argument("--tick", type=float, help="thousand images between measurements (default: a sixteenth of --kimg)")
     parser.add_argument("--aug-kimg", type=float, help="thousand images in which p could go from 0 to 1 (default: --kimg; ADA's own is 500)")
@@ -75,16 +82,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "ada.csv")
     options = parser.parse_args()
     data = data_of(options, options.root)
-    whole = data.folder / "lmdb" / "train"
-    rows, features = [], open_extractor(data.weights).name
-    for train in (few_of(data, options.few), whole):
-        for pipe in ("none", options.pipe):
-            count = len(Images(train))
-            ticks = cell(options, options.root, data, train, pipe)
-            rows += [{"augment_p": 0.0} | tick | {"images": count, "features": features, "hardware": hardware()} for tick in ticks]
-            write_text(options.out, pd.DataFrame(rows)[COLUMNS].to_csv(index=False, float_format="%.6g"))
+    stores = {"few": few_of(data, options.few), "all": data.folder / "lmdb" / "train"}
+    cells = [(size, len(Images(train)), pipe, cell(options, options.root, data, train, pipe))
+             for size, train in stores.items() for pipe in ("none", options.pipe)]
+    features = open_extractor(data.weights).name
+    for size, count, pipe, run in cells:
+        if options.size in (None, size):
+            open_store.cache_clear()
+            train_gan(read_run(run.folder))
+            ticks = ticks_of(options, run, count, pipe, features)
             print(f"{count} images, {pipe}: best {features} {min(t['distance'] for t in ticks):.4g}, last {ticks[-1]['distance']:.4g}, "
                   f"overfitting {ticks[-1]['overfitting']:.2f}", flush=True)
+            rows = [tick for _, count, pipe, run in cells for tick in ticks_of(options, run, count, pipe, features)]
+            write_text(options.out, pd.DataFrame(rows)[COLUMNS].to_csv(index=False, float_format="%.6g"))
 
 
 if __name__ == "__main__":
