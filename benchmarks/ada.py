@@ -57,12 +57,17 @@ def cell(options, root: Path, data, train: Path, pipe: str):
 
 
 def ticks_of(options, run, count: int, pipe: str, features: str) -> list[dict]:
-    "What a cell has measured so far."
+    "What a cell has measured so far; the sign is the mean since the measurement before."
     if not (stats := run.path("stats.jsonl")).is_file():
         return []
-    lines = [json.loads(line) for line in stats.read_text().splitlines()]
+    rows, signs = [], []
     facts = {"pipe": pipe, "seed": options.seed, "images": count, "features": features, "hardware": hardware()}
-    return [{"augment_p": 0.0} | line | facts for line in lines if "distance" in line]
+    for line in map(json.loads, stats.read_text().splitlines()):
+        signs.append(line["sign_real"])
+        if "distance" in line:
+            rows.append({"augment_p": 0.0} | line | facts | {"sign_real": sum(signs) / len(signs)})
+            signs = []
+    return rows
 
 
 def main() -> None:
