@@ -5,8 +5,7 @@
 Points that results/growth.json holds are kept, so that a killed run goes on where it stopped; --again measures all anew. Times are
 processor seconds of all threads, which a busy machine disturbs little; memory is what a fresh process needs above its state.
 Image sizes: two images on the paper's network (channel base 32768), 32 to 512 px. Batches: 2 to 32 images on `ham`'s network (base 4096)
-at 64 px. Both in bfloat16, an average step with R1 every 16th and path length every 4th time, timed after one to warm up; at 512 px,
-where a step takes minutes, the first is timed. A store holds 250 to 16,000 raw images of 64 px, read in random order.
+at 64 px. Both in bfloat16, an average step with R1 every 16th and path length every 4th time, timed after one to warm up. A store holds 250 to 16,000 raw images of 64 px, read in random order.
 """
 import argparse
 import json
@@ -32,7 +31,7 @@ def step(profile: str, image_px: int, batch: int) -> dict:
     "Processor seconds of an average step, and its peak above the state, of a profile's network with the paper's regularisers."
     paper = read_profile("paper")
     p = replace(read_profile(profile), gan_batch=batch, gan_pl_weight=paper.gan_pl_weight, gan_pl_every=paper.gan_pl_every)
-    found = measure(p, batch, "bf16", repeats=int(image_px < 512), px=image_px)
+    found = measure(p, batch, "bf16", repeats=1, px=image_px)
     peak = max(body["peak"] for body in found["bodies"].values())
     return {"seconds": batch * sum(step_seconds(found, p, "cpu_seconds").values()), "peak": peak, "held": found["held"],
             "bytes": peak - found["held"]}
