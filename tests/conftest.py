@@ -20,7 +20,7 @@ guard = importlib.util.spec_from_file_location("offline_guard", OFFLINE / "sitec
 guard.loader.exec_module(importlib.util.module_from_spec(guard))
 
 
-LONGEST = ("test_smoke", "test_plan", "test_classify", "test_reproduce")
+LONGEST = ("test_smoke", "test_own", "test_parallel", "test_plan", "test_classify", "test_reproduce")
 
 
 def pytest_collection_modifyitems(items):
