@@ -5,13 +5,15 @@
 Points that results/growth.json holds are kept, so that a killed run goes on where it stopped; --again measures all anew. Times are
 processor seconds of all threads, which a busy machine disturbs little; memory is what a fresh process needs above its state.
 Image sizes: two images on the paper's network (channel base 32768), 32 to 512 px. Batches: 2 to 32 images on `ham`'s network (base 4096)
-at 64 px. Both in bfloat16, an average step with R1 every 16th and path length every 4th time, timed after one to warm up. A store holds 250 to 16,000 raw images of 64 px, read in random order.
+at 64 px. Both in bfloat16, an average step with R1 every 16th and path length every 4th time, timed after one to warm up. A store holds
+250 to 16,000 raw images of 64 px, read in random order.
 """
 import argparse
 import json
 import tempfile
 import time
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 from common import RESULTS, hardware
@@ -59,7 +61,7 @@ def keep(points: list[dict]) -> None:
     sides = [(point["x"], point["seconds"]) for point in points if point["axis"] == "image_px"]
     value = round(exponent(*zip(*sides))[0], 3) if len(sides) > 2 else None
     line = {"name": "growth", "value": value, "unit": "exponent of a step's CPU time with the image side, 32 to 512 px", "bound": None,
-            "hardware": hardware(), "amx_bf16": torch.cpu._is_amx_tile_supported(), "precision": "bf16"}
+            "hardware": hardware(), "date": date.today().isoformat(), "amx_bf16": torch.cpu._is_amx_tile_supported(), "precision": "bf16"}
     FILE.write_text(json.dumps(line | {"points": points}, indent=1) + "\n")
 
 
