@@ -174,7 +174,7 @@ def check_labels(
                               "A class needs a lesion in train, val and holdout, so at least three.",
                               f"Add images of {name}, or leave the class out of the data.")
 
-# %% ../nbs/10_allot.ipynb #fca1f14e
+# %% ../nbs/10_allot.ipynb #52e74b66
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -182,16 +182,16 @@ def augment(
     images: torch.Tensor,  # uint8 [N, 3, H, W], on any device
     cutout: float,  # side of the hidden square as a share of the image; 0 hides nothing
     generator: torch.Generator,  # on the CPU
-    rows: slice = slice(None),  # of a batch, which these images are
+    part: slice = slice(None),  # of a batch, which these images are
     count: int | None = None,  # images in the batch; None: these
 ) -> torch.Tensor:  # float32 in [-1, 1], the hidden square 0
     "Flip each image in both ways with probability 1/2 and hide a square of it."
     n, _, height, width = images.shape
     x, device, count = to_float(images), images.device, count or n
-    flips = (torch.rand(2, count, 1, 1, 1, generator=generator)[:, rows] < 0.5).to(device)
+    flips = (torch.rand(2, count, 1, 1, 1, generator=generator)[:, part] < 0.5).to(device)
     x = torch.where(flips[0], x.flip(3), x)
     x = torch.where(flips[1], x.flip(2), x)
-    centre = torch.rand(2, count, 1, 1, generator=generator)[:, rows]
+    centre = torch.rand(2, count, 1, 1, generator=generator)[:, part]
     rows = (torch.arange(height)[:, None] + 0.5) / height - centre[0]
     columns = (torch.arange(width) + 0.5) / width - centre[1]
     hidden = (rows.abs() < cutout / 2) & (columns.abs() < cutout / 2)

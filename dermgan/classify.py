@@ -94,7 +94,7 @@ def should_stop(
     "Early stopping: the best score is `patience` epochs old. An equal score is no improvement."
     return bool(scores) and len(scores) - 1 - int(np.argmax(scores)) >= patience
 
-# %% ../nbs/11_classify.ipynb #0098e62c
+# %% ../nbs/11_classify.ipynb #23b778e8
 @dataclass
 class Fit:
     "Everything that training changes."
@@ -132,7 +132,7 @@ def train_step(
     x = x.contiguous(memory_format=torch.channels_last)
     half = torch.autocast(device.type, torch.bfloat16, fit.precision == "bf16")
     with torch.random.fork_rng(devices=[]), half:
-        torch.manual_seed(named_seed(*names, "dropout", *[rank] * (rank > 0)))
+        torch.manual_seed(named_seed(*names, "dropout", rank) if rank else named_seed(*names, "dropout"))
         logits = fit.model.train()(x)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = F.cross_entropy(logits, labels.to(device)) * (len(labels) / count)
@@ -258,7 +258,7 @@ def load_cell(
     model.load_state_dict({key: v.float() if v.is_floating_point() else v for key, v in tensors.items()})
     return model.eval()
 
-# %% ../nbs/11_classify.ipynb #96ee79ff
+# %% ../nbs/11_classify.ipynb #1c644ac1
 def made_by(
     run: Run,  # settings and seed
     key: CellKey,  # of the cell
@@ -270,7 +270,7 @@ def made_by(
     images = {f"{name} images": store_facts(run.folder / "lmdb" / name)["sha256"][:16]
               for name in (*pool.stores, "val")}
     code = code_key(build, load_imagenet, oversample, batches, augment, standardise, train_step, begin,
-                    learning_rate, train_epoch)
+                    learning_rate, train_epoch, parallel.own_rows, parallel.add_up, parallel.normalise)
     drawn = {"drawn": short_key(pool.added), "draws": pool.draws, "run seed": run.seed, "code": code}
     return json.loads(json.dumps(cell | {k: p[k] for k in keys} | images | drawn))
 
