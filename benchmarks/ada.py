@@ -25,7 +25,7 @@ from dermgan.metrics import open_extractor
 from dermgan.phantom import pack_phantom
 from dermgan.store import Images, open_store, pack_images
 
-COLUMNS = ["images", "pipe", "seed", "step", "kimg", "distance", "overfitting", "augment_p", "sign_real", "features", "hardware"]
+COLUMNS = ["images", "pipe", "p", "seed", "step", "kimg", "distance", "overfitting", "augment_p", "sign_real", "features", "hardware"]
 
 
 def data_of(options, root: Path):
@@ -44,10 +44,10 @@ def few_of(run, count: int) -> Path:
                        [whole.lesion_ids[i] for i in chosen], whole.classes, whole.image_px, run.profile.store)
 
 
-def cell(options, root: Path, data, train: Path, pipe: str):
+def cell(options, root: Path, data, train: Path, pipe: str, p: str):
     "The run of one cell, with its stores."
     changes = dict(options.set) | {"gan_kimg": options.kimg, "gan_tick_kimg": options.tick or options.kimg / 16, "gan_aug": pipe, "gan_split": "train",
-               "gan_aug_kimg": options.aug_kimg or options.kimg}
+               "gan_aug_kimg": options.aug_kimg or options.kimg, "gan_aug_p": p}
     run = resolve_run(options.profile, options.seed, {k: str(v) for k, v in changes.items()}, options.data, options.weights, root=root / train.name)
     stores = run.folder / "lmdb"
     stores.mkdir(exist_ok=True)
@@ -57,12 +57,12 @@ def cell(options, root: Path, data, train: Path, pipe: str):
     return run
 
 
-def ticks_of(options, run, count: int, pipe: str, features: str) -> list[dict]:
+def ticks_of(options, run, count: int, pipe: str, p: str, features: str) -> list[dict]:
     "What a cell has measured so far; the sign is the mean since the measurement before."
     if not (stats := run.path("stats.jsonl")).is_file():
         return []
     rows, signs = [], []
-    facts = {"pipe": pipe, "seed": options.seed, "images": count, "features": features, "hardware": hardware()}
+    facts = {"pipe": pipe, "p": p, "seed": options.seed, "images": count, "features": features, "hardware": hardware()}
     for line in map(json.loads, stats.read_text().splitlines()):
         signs.append(line["sign_real"])
         if "distance" in line and (not rows or line["kimg"] - rows[-1]["kimg"] > rows[0]["kimg"] / 2):  # not twice at the end
@@ -83,23 +83,24 @@ def main() -> None:
     parser.add_argument("--aug-kimg", type=float, help="thousand images in which p could go from 0 to 1 (default: --kimg; ADA's own is 500)")
     parser.add_argument("--few", type=int, default=1000, help="images of the small training set")
     parser.add_argument("--pipe", default="geometry+mild", help="what may be applied")
+    parser.add_argument("--fixed", help="a third cell of each size: the pipe with this p throughout, for what augmentation does where the controller does not act")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--root", type=Path, default=RESULTS.parents[1] / "runs" / "ada", help="where the trainings lie")
     parser.add_argument("--out", type=Path, default=RESULTS / "ada.csv")
     options = parser.parse_args()
     data = data_of(options, options.root)
     stores = {"few": few_of(data, options.few), "all": data.folder / "lmdb" / "train"}
-    cells = [(size, len(Images(train)), pipe, cell(options, options.root, data, train, pipe))
-             for size, train in stores.items() for pipe in ("none", options.pipe)]
+    kinds = [("none", "adaptive"), (options.pipe, "adaptive"), *([(options.pipe, options.fixed)] if options.fixed else [])]
+    cells = [(size, len(Images(train)), *kind, cell(options, options.root, data, train, *kind)) for size, train in stores.items() for kind in kinds]
     features = open_extractor(data.weights).name
-    for size, count, pipe, run in cells:
+    for size, count, pipe, p, run in cells:
         if options.size in (None, size):
             open_store.cache_clear()
             train_gan(read_run(run.folder))
-            ticks = ticks_of(options, run, count, pipe, features)
-            print(f"{count} images, {pipe}: best {features} {min(t['distance'] for t in ticks):.4g}, last {ticks[-1]['distance']:.4g}, "
+            ticks = ticks_of(options, run, count, pipe, p, features)
+            print(f"{count} images, {pipe}, p {p}: best {features} {min(t['distance'] for t in ticks):.4g}, last {ticks[-1]['distance']:.4g}, "
                   f"overfitting {ticks[-1]['overfitting']:.2f}", flush=True)
-            rows = [tick for _, count, pipe, run in cells for tick in ticks_of(options, run, count, pipe, features)]
+            rows = [tick for _, count, pipe, p, run in cells for tick in ticks_of(options, run, count, pipe, p, features)]
             write_text(options.out, pd.DataFrame(rows)[COLUMNS].to_csv(index=False, float_format="%.6g"))
 
 

@@ -2,18 +2,18 @@
 
 # %% auto #0
 __all__ = ['write_outcome', 'read_outcome', 'attempt', 'CellResult', 'open_cell', 'open_cells', 'study_cells', 'holes',
-           'filtered_table', 'wilson', 'cells_table', 'take_gpu', 'main', 'draw_curves']
+           'filtered_table', 'wilson', 'cells_table', 'take_gpu', 'train_named', 'draw_curves']
 
-# %% ../nbs/11_grid.ipynb #126bc617
-import argparse, fcntl, json, os, sys
+# %% ../nbs/11_grid.ipynb #4a4752fd
+import fcntl, json, os
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np, pandas as pd, torch
 
-from .core import (ConfigError, DataRefused, DermganError, Run, SETS, published, read_run,
-                          write_text)
-from .settings import CONTROLS, CellKey, cell_name, parse_set, plan_cells, set_label
+from .core import ConfigError, DataRefused, DermganError, Run, SETS, published, write_text
+from .settings import CONTROLS, CellKey, cell_key, cell_name, parse_set, plan_cells, set_label
+from .parallel import world
 from .classify import SHAPES, read_cell, train_cell
 
 # %% ../nbs/11_grid.ipynb #658826c3
@@ -179,40 +179,25 @@ def take_gpu(
             lock.close()
     return (os.getpid() % count, None) if count else None
 
-# %% ../nbs/11_grid.ipynb #bd7ecc2a
-def main(
-    words: list[str] | None = None,  # command-line words; None takes the process's
-) -> int:  # exit status
-    "Train one cell of the grid from the command line."
-    parser = argparse.ArgumentParser("python -m dermgan.grid", description="Train one cell of the grid.")
-    parser.add_argument("--run", type=Path, required=True, help="a run's folder")
-    parser.add_argument("--arch", required=True, choices=sorted(SHAPES))
-    parser.add_argument("--set", default="baseline", help="a value of cls_sets, without -filter")
-    parser.add_argument("--seed", type=int, default=0, help="which of cls_seeds")
-    parser.add_argument("--filtered", action="store_true", help="drop what the plain model misclassifies")
-    given = parser.parse_args(words)
-    try:
-        run, key = read_run(given.run), CellKey(given.arch, given.set, given.filtered, given.seed)
-        parse_set(given.set + "-filter" * given.filtered)
-        if held := take_gpu(run.folder, torch.cuda.device_count()):
-            torch.cuda.set_device(held[0])
-        reason = attempt(run, key)
-    except DermganError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    except KeyboardInterrupt:
-        print("Stopped.\nThe last checkpoint is kept.\nThe same command goes on from it.", file=sys.stderr)
-        return 130
-    if reason:
-        print(reason, file=sys.stderr)
-        return 1
-    record = read_cell(run, cell_name(*key))
-    print(record["name"], *(f"{split} {value:.3f}" for split, value in record["balanced_accuracy"].items()))
-    return 0
-
-
-if __name__ == "__main__" and "__file__" in globals():
-    sys.exit(main())
+# %% ../nbs/11_grid.ipynb #dd63c91d
+def train_named(
+    run: Run,  # with packed stores
+    name: str,  # from `cell_name`
+) -> str:  # empty where it is finished, else the reason
+    "Train one cell, on a GPU of its own where it is not shared. ConfigError for a name that is none."
+    key = cell_key(name)
+    parse_set(key.set + "-filter" * key.filtered)
+    if key.arch not in SHAPES:
+        raise ConfigError(f"Architecture {key.arch!r} is unknown.", f"Allowed: {', '.join(SHAPES)}.",
+                          "Example: densenet169-6k-filter-s0")
+    alone = world().size == 1
+    if alone and (held := take_gpu(run.folder, torch.cuda.device_count())):
+        torch.cuda.set_device(held[0])
+    reason = attempt(run, key)
+    if not reason and world().rank == 0:
+        record = read_cell(run, name)
+        print(name, *(f"{split} {value:.3f}" for split, value in record["balanced_accuracy"].items()))
+    return reason
 
 # %% ../nbs/11_grid.ipynb #1301b6a9
 def draw_curves(

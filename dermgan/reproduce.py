@@ -198,7 +198,7 @@ def stopped(
         print("\n".join(["\nSnakemake stopped:", *log.splitlines()[-12:]]), file=sys.stderr)
     return 1
 
-# %% ../nbs/18_reproduce.ipynb #7d6dd916
+# %% ../nbs/18_reproduce.ipynb #ceb6913f
 def made_run(
     words: dict,  # profile, run, published
 ) -> Run:  # the run whose generator is used
@@ -283,7 +283,7 @@ def train_command(
     run, reason = read_run(folder), None
     with parallel.join(run):
         if what == "classifier":
-            reason = grid.attempt(run, cell_key(cell))
+            reason = grid.train_named(run, cell)
         else:
             {"gan": gan.train_gan, "encoder": encode.train_encoder,
              "hyperstyle": hypertrain.train_hyperstyle}[what](run)
@@ -377,10 +377,10 @@ def dispatch(
             return train_command(what, Path(folder))
         case ["train", "classifier", folder, cell]:
             return train_command("classifier", Path(folder), cell)
-        case ["train", *rest]:
-            end_with_parent()
-            from dermgan import grid
-            return grid.main(rest)
+        case ["train", *_]:
+            raise ConfigError("dermgan train takes what to train and a run's folder.",
+                              "gan, encoder, hyperstyle; classifier also the name of a cell.",
+                              "Example: dermgan train classifier runs/ham-KEY-s0 densenet_small-6k-plain-s0")
         case ["execute", source, target, profile, seed]:
             return execute(Path(source), Path(target), profile, int(seed)) or 0
         case ["snakemake", *rest]:
@@ -412,6 +412,7 @@ def main(
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("Stopped. What is finished is kept; the same command goes on from it.", file=sys.stderr)
         return 130
 
 # %% ../nbs/18_reproduce.ipynb #1d3e9399

@@ -13,7 +13,7 @@ from .core import (ConfigError, DataMissing, Run, code_meaning, notebook_cells, 
                           short_key, write_text)
 from .settings import cell_key
 
-# %% ../nbs/17_stages.ipynb #6bf7503d
+# %% ../nbs/17_stages.ipynb #8e85f360
 NEEDS = {
     "00_settings": (),
     "00_core": ("00_settings",),
@@ -25,7 +25,8 @@ NEEDS = {
     "03_attributes": ("02_phantom",),
     "03_metrics": ("03_attributes",),
     "04_parallel": ("00_core",),
-    "04_convolution": ("00_core",),
+    "04_winograd": ("00_core",),
+    "04_convolution": ("04_winograd",),
     "04_layers": ("04_convolution",),
     "04_formats": ("00_core",),
     "04_stylegan2": ("04_layers", "04_formats"),
@@ -324,7 +325,7 @@ def made_files(
     inside = [p for p in paths if p.is_relative_to(run.folder) and p.exists()]
     return sorted(str(p.relative_to(run.folder)) for p in inside)
 
-# %% ../nbs/17_stages.ipynb #a48244ee
+# %% ../nbs/17_stages.ipynb #094040af
 def run_notebook(
     name: str,  # notebook, without ending
     folder: Path,  # the run's folder
@@ -357,9 +358,8 @@ def run_cell(
     run, stage, key = read_run(Path(folder).resolve()), f"classify-{name}", cell_key(name)
     outcome = run.path("ckpt", "classify", f"{name}.outcome")
     outcome.unlink(missing_ok=True)
-    words = ["--run", str(run.folder), "--arch", key.arch, "--set", key.set, "--seed", str(key.seed)]
     with own_gpu() as shown:
-        code, facts = work(run, stage, ["train", *words, *["--filtered"] * key.filtered], **shown)
+        code, facts = work(run, stage, ["train", "classifier", str(run.folder), name], **shown)
     if code == 130:
         return code
     if not outcome.exists():

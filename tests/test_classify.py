@@ -492,14 +492,14 @@ def test_a_killed_or_failing_process_leaves_a_hole_and_a_good_status(tmp_path):
 # --- the command ---
 
 def test_the_command_says_what_is_allowed(run, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        grid.main(["--run", str(run.folder), "--arch", "resnet50"])
-    assert stop.value.code == 2 and "densenet169" in capsys.readouterr().err
-    assert grid.main(["--run", str(tmp_path), "--arch", "densenet_small"]) == 1
-    assert len(capsys.readouterr().err.strip().splitlines()) == 3
-    assert grid.main(["--run", str(run.folder), "--arch", "densenet_small", "--filtered"]) == 2
-    assert grid.main(["--run", str(run.folder), "--arch", "densenet_small", "--set", "6k-wild"]) == 2
-    assert grid.main(["--run", str(run.folder), "--arch", "densenet_small", "--set", "baseline"]) == 0
+    from dermgan.reproduce import main
+    train = lambda *words: main(["train", "classifier", *map(str, words)])
+    for wrong, word in [("densenet_small-baseline-filter-s0", "SIZE-filter"), ("densenet_small-6k-wild-plain-s0", "baseline"),
+                        ("resnet50-baseline-plain-s0", "densenet169"), ("6k", "densenet169-6k-filter-s0")]:
+        assert train(run.folder, wrong) == 2 and word in (said := capsys.readouterr().err) and len(said.strip().splitlines()) == 3
+    assert train(tmp_path, "densenet_small-baseline-plain-s0") == 2 and train(run.folder) == 2 and main(["train"]) == 2
+    assert "dermgan train classifier" in capsys.readouterr().err
+    assert train(run.folder, "densenet_small-baseline-plain-s0") == 0
     assert "test" in capsys.readouterr().out
 
 

@@ -15,7 +15,7 @@ TOP = Path(__file__).resolve().parent.parent
 MODULES = sorted(p for p in (TOP / "dermgan").glob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
 NOTEBOOKS = sorted((TOP / "nbs").glob("*.ipynb"))
 NUMBERED = [p for p in NOTEBOOKS if p.name[0].isdigit()]
-ORDER = ("settings core store fetch data lesion phantom attributes metrics parallel convolution layers formats stylegan2 warp ada transfer samples losses gan cost plan factorize invert trunk encode hypernet hypertrain hyperstyle compare directions review frames panel explore "
+ORDER = ("settings core store fetch data lesion phantom attributes metrics parallel winograd convolution layers formats stylegan2 warp ada transfer samples losses gan cost plan factorize invert trunk encode hypernet hypertrain hyperstyle compare directions review frames panel explore "
          "allot augment controls classify grid labels audit selection evidence beyond results lrp references crp browse pcx plant distractors report publish stages reproduce").split()
 BASES = {"Module", "Dataset", "Exception", "NamedTuple", "DermganError", "Function", "Unpickler", "Sampler"}
 NETWORK = {"urllib", "requests", "http", "socket", "ftplib", "httpx", "aiohttp"}
