@@ -165,7 +165,7 @@ def notebook_digest(
     code = [c["source"] for c in notebook_cells(top() / "nbs" / f"{name}.ipynb") if c["cell_type"] == "code"]
     return code_digest("\n".join(code), top() / "dermgan")
 
-# %% ../nbs/17_stages.ipynb #39a17cb7
+# %% ../nbs/17_stages.ipynb #d72197b0
 def end_with_parent(
     wait_s: float = 0.5,  # seconds between looks
 ) -> None:
@@ -192,7 +192,8 @@ def execute(
     end_with_parent()
     papermill.execute_notebook(
         str(source), str(target), {"profile": profile, "seed": seed}, kernel_name="python3",
-        progress_bar=False, store_widget_state=False, cwd=str(Path(source).parent))
+        progress_bar=False, store_widget_state=False, cwd=str(Path(source).parent),
+        shutdown_kernel="immediate")   # waiting for a kernel to end by itself takes a second a notebook
 
 
 def check_parameters(
@@ -225,7 +226,7 @@ def end_tree(
             continue
     child.wait()
 
-# %% ../nbs/17_stages.ipynb #5156be5d
+# %% ../nbs/17_stages.ipynb #b97bd0b4
 MARK = "  · "
 
 
@@ -243,9 +244,10 @@ def follow(
     wait_s: float = 0.3,  # seconds between looks
 ) -> int:  # the child's exit code
     "Wait for a process and print its progress as it comes."
-    seen = 0
-    while (code := child.poll()) is None:
-        time.sleep(wait_s)
+    seen, code = 0, None
+    while code is None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = child.wait(wait_s)
         text = progress.read_text(errors="replace") if progress.exists() else ""
         if lines := [line.strip() for line in re.split(r"[\r\n]", text[seen:]) if line.strip()]:
             say(f"{name}: {lines[-1]}")
