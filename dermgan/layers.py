@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'Linear', 'activate', 'Laid', 'laid', 'Energy', 'energy', 'demodulation', 'scaled_conv', 'modulated_conv',
-           'styled', 'styled_gradients', 'styled_forward', 'Styled', 'StyleConv', 'random_normal', 'ToRGB', 'Conv',
-           'minibatch_std']
+           'styled', 'styled_gradients', 'spread', 'shifted', 'styled_forward', 'Styled', 'StyleConv', 'random_normal',
+           'ToRGB', 'Conv', 'minibatch_std']
 
 # %% ../nbs/04_layers.ipynb #da208ee5
 import math
@@ -45,7 +45,7 @@ def activate(
     "Leaky ReLU of slope 0.2 times the square root of 2, which keeps the variance."
     return F.leaky_relu(x, 0.2) * math.sqrt(2)
 
-# %% ../nbs/04_layers.ipynb #cb6c0ef8
+# %% ../nbs/04_layers.ipynb #aca10e2c
 class Laid(torch.autograd.Function):
     "A weight times a constant, as kernels read it."
 
@@ -83,7 +83,8 @@ def laid(
 ) -> torch.Tensor:  # [O, I, k, k]; turned: [I, O, k, k]; channels last
     "A weight times a constant, as kernels read it."
     if torch.compiler.is_compiling():
-        return (weight.transpose(0, 1) if turned else weight).mul(gain).to(dtype)
+        weight = weight.transpose(0, 1) if turned else weight
+        return (weight * gain).to(dtype, memory_format=torch.channels_last)
     return Laid.apply(weight, dtype, gain, turned)
 
 # %% ../nbs/04_layers.ipynb #671591c9
@@ -182,7 +183,32 @@ def styled_gradients(
     by_style = (by_scaled * x).sum((2, 3))
     return by_scaled.mul_(style[:, :, None, None]), by_weight, by_style, by_factor, by_bias, by_noise
 
-# %% ../nbs/04_layers.ipynb #7e211ffe
+# %% ../nbs/04_layers.ipynb #24ee3336
+def spread(
+    values: torch.Tensor,  # [N, C]
+    width: int,  # pixels of a row
+) -> torch.Tensor:  # [N, 1, width * C]
+    "A value a channel, repeated along a row of pixels that are stored channels last."
+    return values[:, None].expand(-1, width, -1).flatten(1)[:, None]
+
+
+def shifted(
+    y: torch.Tensor,  # [N, C, H, W]
+    factor: torch.Tensor,  # d, [N, C]
+    bias: torch.Tensor,  # b, [C]
+    noise: torch.Tensor,  # n, broadcasts to [N, 1, H, W]
+) -> torch.Tensor:  # [N, C, H, W]
+    "d y + b + n; below 32 channels in bfloat16 along rows, since channels alone do not fill a vector."
+    n, c, h, w = y.shape
+    narrow = c < 32 and y.dtype == torch.bfloat16 and y.device.type == "cpu"
+    if not narrow or not y.is_contiguous(memory_format=torch.channels_last):
+        return torch.addcmul(bias[:, None, None], y, factor[:, :, None, None]).add_(noise)
+    rows = y.permute(0, 2, 3, 1).flatten(2)
+    z = torch.addcmul(spread(bias[None], w), rows, spread(factor, w)).view(-1, c)
+    z.addmm_(noise.expand(n, 1, h, w).reshape(-1, 1), z.new_ones(1, c))
+    return z.view(n, h, w, c).permute(0, 3, 1, 2)
+
+# %% ../nbs/04_layers.ipynb #7137e8c6
 def styled_forward(
     x: torch.Tensor,  # [N, I, H, W]
     weight: torch.Tensor,  # `laid`, [O, I, k, k]; up: turned
@@ -199,8 +225,7 @@ def styled_forward(
         y = filter_planes(y, 1, 1, 4.0)
     else:
         y = products(scaled, weight, ((1, 1), (weight.shape[2] // 2,) * 2, False, 1))
-    z = torch.addcmul(bias[:, None, None], y, factor[:, :, None, None])
-    return scaled, y, F.leaky_relu_(z.add_(noise), 0.2)
+    return scaled, y, F.leaky_relu_(shifted(y, factor, bias, noise), 0.2)
 
 
 class Styled(torch.autograd.Function):
