@@ -2,11 +2,13 @@
 import io
 import multiprocessing
 import resource
+import threading
 import time
 
 import numpy as np
 import pytest
 import torch
+import tqdm.auto
 from PIL import Image
 
 from dermgan.core import DataNotReady, DataRefused
@@ -35,6 +37,8 @@ def store(tmp_path_factory):
 
 def test_a_pack_killed_ten_times_equals_an_uninterrupted_one(tmp_path, store):
     folder, draw = tmp_path / "train", np.random.default_rng(0)
+    for bar in (tqdm.auto.tqdm, tqdm.std.tqdm):
+        bar.set_lock(threading.RLock())   # tqdm's own is shared with forked children: one killed while it holds it keeps it for ever
     fork, kept = multiprocessing.get_context("fork"), []
     for _ in range(10):
         child = fork.Process(target=lambda: pack_images(folder, pictures(0.002), *ABOUT))
