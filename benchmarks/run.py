@@ -75,7 +75,8 @@ def run(name: str, options) -> dict:
     if why := missing(b):
         return {"name": name, "skipped": why}
     words = [*((options.quick and b.quick) or b.options).split(), *(w for p in options.peer if b.peers for w in ("--peer", str(Path(p).resolve())))]
-    env = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | {"PYTHONWARNINGS": "ignore"}
+    kept = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "1073741824"}   # as ./reproduce.sh sets them
+    env = {"OMP_WAIT_POLICY": "PASSIVE"} | kept | os.environ | {"PYTHONWARNINGS": "ignore"}
     done = subprocess.run([sys.executable, str(TOP / "benchmarks" / f"{b.script}.py"), *words], cwd=TOP, env=env, text=True, capture_output=True)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     failed = {"failed": (done.stderr.strip() or done.stdout.strip()).splitlines()[-3:]} if done.returncode else {}
