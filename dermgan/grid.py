@@ -4,7 +4,7 @@
 __all__ = ['write_outcome', 'read_outcome', 'attempt', 'CellResult', 'open_cell', 'open_cells', 'study_cells', 'holes',
            'filtered_table', 'wilson', 'cells_table', 'take_gpu', 'train_named', 'draw_curves']
 
-# %% ../nbs/11_grid.ipynb #4a4752fd
+# %% ../nbs/11_grid.ipynb #9af52cfb
 import fcntl, json, os
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ import numpy as np, pandas as pd, torch
 from .core import ConfigError, DataRefused, DermganError, Run, SETS, published, write_text
 from .settings import CONTROLS, CellKey, cell_key, cell_name, parse_set, plan_cells, set_label
 from .parallel import world
-from .classify import SHAPES, read_cell, train_cell
+from .classify import read_cell, require_known, train_cell
 
 # %% ../nbs/11_grid.ipynb #658826c3
 def write_outcome(
@@ -179,7 +179,7 @@ def take_gpu(
             lock.close()
     return (os.getpid() % count, None) if count else None
 
-# %% ../nbs/11_grid.ipynb #dd63c91d
+# %% ../nbs/11_grid.ipynb #14e13fd7
 def train_named(
     run: Run,  # with packed stores
     name: str,  # from `cell_name`
@@ -187,9 +187,7 @@ def train_named(
     "Train one cell, on a GPU of its own where it is not shared. ConfigError for a name that is none."
     key = cell_key(name)
     parse_set(key.set + "-filter" * key.filtered)
-    if key.arch not in SHAPES:
-        raise ConfigError(f"Architecture {key.arch!r} is unknown.", f"Allowed: {', '.join(SHAPES)}.",
-                          "Example: densenet169-6k-filter-s0")
+    require_known(key.arch)
     alone = world().size == 1
     if alone and (held := take_gpu(run.folder, torch.cuda.device_count())):
         torch.cuda.set_device(held[0])
